@@ -1,0 +1,54 @@
+"""What metering publishes: bundles of rated charges, numbered without gaps per partition."""
+
+from typing import Annotated, Final, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+
+from contracts.accounts import AccountId
+from contracts.envelope import EventId, SourceName
+from contracts.ids import HoldId
+from contracts.money import Amount
+from contracts.partition import Partition
+from contracts.usage import AttributeName, ModelName, ProviderName
+
+CHARGES_RATED: Final = "metering.charges.rated.v1"
+LINES_MAX = 1_000
+
+
+class Scope(BaseModel):
+    """What was used, for lots that are valid only there."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    provider: ProviderName
+    model: ModelName
+    feature: AttributeName | None = None
+
+
+class ChargeLine(BaseModel):
+    """What one usage event cost. (source, event_id, revision) is charged once; a revision above 0 is a later rating."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    source: SourceName
+    event_id: EventId
+    revision: Annotated[int, Field(ge=0)] = 0
+    account: AccountId
+    occurred_at: AwareDatetime
+    hold: HoldId | None = None
+    scope: Scope
+    price_version: Annotated[str, Field(min_length=1, max_length=64)]
+    own_key: bool = False
+    amounts: Annotated[tuple[Amount, ...], Field(max_length=16)]
+
+
+class ChargesRated(BaseModel):
+    """A bundle of charge lines of one partition, in order. The ledger takes the next number or an identical repeat."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    type: Literal["metering.charges.rated.v1"] = CHARGES_RATED
+    partition: Partition
+    number: Annotated[int, Field(ge=1)]
+    recorded_at: AwareDatetime
+    lines: Annotated[tuple[ChargeLine, ...], Field(min_length=1, max_length=LINES_MAX)]

@@ -1,0 +1,105 @@
+"""The price book and the one pure rating function: quotes and charges use it alike, with a pinned version."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import ROUND_HALF_EVEN, Decimal, localcontext
+from typing import Literal, assert_never
+
+from contracts.money import Unit
+from contracts.usage import ModelUsed
+
+Quantity = Literal["input_tokens", "output_tokens", "calls"]
+
+# Enough for a billion tokens at any price, exactly.
+_PRECISION = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """`price` of `unit` for every `per` of a quantity: 0.15 usd per 1,000,000 input tokens."""
+
+    quantity: Quantity
+    unit: str
+    price: Decimal
+    per: int
+
+
+@dataclass(frozen=True, slots=True)
+class PriceVersion:
+    """A state of the price book, never changed: what each (provider, model) costs for use from `effective_at` on."""
+
+    id: str
+    effective_at: datetime
+    rates: Mapping[tuple[str, str], tuple[Rate, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class LineItem:
+    """One priced quantity, before rounding: what a receipt shows."""
+
+    quantity: Quantity
+    count: int
+    unit: str
+    price: Decimal
+    per: int
+    exact: Decimal
+
+
+@dataclass(frozen=True, slots=True)
+class Rated:
+    """What a usage event costs: an integer of steps per unit, and the items that add up to it."""
+
+    price_version: str
+    amounts: Mapping[str, int]
+    items: tuple[LineItem, ...]
+
+
+class Unpriced(LookupError):
+    """The price book version has no price for a model. Such use is set aside, never charged 0."""
+
+    def __init__(self, *, provider: str, model: str, price_version: str) -> None:
+        super().__init__(f"price book version {price_version} has no price for {provider}/{model}")
+        self.provider, self.model, self.price_version = provider, model, price_version
+
+
+def rate(used: ModelUsed, *, price_version: PriceVersion, units: Mapping[str, Unit]) -> Rated:
+    """Price one usage event: exact per item, rounded once per unit, half-even, to the unit's step. Raises Unpriced.
+
+    A call with the account's own key is priced only in the units that count such calls.
+    """
+    rates = price_version.rates.get((used.provider, used.model))
+    if rates is None:
+        raise Unpriced(provider=used.provider, model=used.model, price_version=price_version.id)
+    exact: dict[str, Decimal] = {}
+    items = []
+    with localcontext() as context:
+        context.prec = _PRECISION
+        for each in rates:
+            if used.own_key and not units[each.unit].own_key_counts:
+                continue
+            count = _count(used, each.quantity)
+            cost = each.price * count / each.per
+            exact[each.unit] = exact.get(each.unit, Decimal(0)) + cost
+            items.append(
+                LineItem(
+                    quantity=each.quantity, count=count, unit=each.unit, price=each.price, per=each.per, exact=cost
+                )
+            )
+        amounts = {
+            unit: int((total * 10 ** units[unit].scale).to_integral_value(rounding=ROUND_HALF_EVEN))
+            for unit, total in exact.items()
+        }
+    return Rated(price_version=price_version.id, amounts=amounts, items=tuple(items))
+
+
+def _count(used: ModelUsed, quantity: Quantity) -> int:
+    match quantity:
+        case "input_tokens":
+            return used.input_tokens
+        case "output_tokens":
+            return used.output_tokens
+        case "calls":
+            return 1
+        case _:
+            assert_never(quantity)

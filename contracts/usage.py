@@ -1,0 +1,34 @@
+"""Usage event types and their data: what publishing services tell metering."""
+
+from typing import Annotated, Final
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from contracts.ids import HoldId
+
+MODEL_USED: Final = "scrip.model.used.v1"
+
+# More than any call of any model; a larger number is a mistake of the producer.
+TOKENS_MAX = 10**9
+ATTRIBUTES_MAX = 32
+
+ModelName = Annotated[str, Field(pattern=r"^[^\s\x00-\x1f]{1,128}$", examples=["gpt-4o-mini"])]
+ProviderName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$", examples=["openai"])]
+TokenCount = Annotated[int, Field(ge=0, le=TOKENS_MAX)]
+AttributeName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+AttributeText = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
+
+
+class ModelUsed(BaseModel):
+    """One call of a model. Tokens are what the provider counted; `hold` is what the call was admitted under."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    provider: ProviderName
+    model: ModelName
+    input_tokens: TokenCount
+    output_tokens: TokenCount
+    hold: HoldId | None = None
+    own_key: bool = False
+    feature: AttributeName | None = None
+    attributes: Annotated[dict[AttributeName, AttributeText | int | bool], Field(max_length=ATTRIBUTES_MAX)] = {}
