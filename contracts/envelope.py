@@ -81,7 +81,7 @@ def read_usage_event(body: bytes) -> tuple[UsageEvent, bytes]:
 
 
 def body_hash(raw: dict[str, Any]) -> bytes:
-    """SHA-256 of the canonical form of what the producer sent: sorted keys, no white space, nothing ingest filled in."""
+    """SHA-256 of what the producer sent in canonical form: sorted keys, no white space, nothing ingest filled in."""
     left_out = _NOT_CONTENT | {"time"} if raw.get(SERVER_FILLED) == "time" else _NOT_CONTENT
     content = {name: value for name, value in raw.items() if name not in left_out}
     return sha256(msgspec.json.encode(content, order="sorted")).digest()
