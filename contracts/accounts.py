@@ -2,6 +2,7 @@
 
 import re
 from typing import Annotated
+from urllib.parse import unquote_to_bytes
 
 from pydantic import AfterValidator, Field
 
@@ -37,7 +38,17 @@ def check_account(account: str) -> str:
             )
         if _NEEDLESS_ENCODING.search(segment) is not None:
             raise ValueError(f"the segment {segment!r} of an account id encodes a character that needs no encoding")
+        if "%" in segment and not _is_text(unquote_to_bytes(segment)):
+            raise ValueError(f"the segment {segment!r} of an account id is not percent-encoded UTF-8 text")
     return account
+
+
+def _is_text(encoded: bytes) -> bool:
+    try:
+        encoded.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 AccountId = Annotated[
@@ -47,6 +58,7 @@ AccountId = Annotated[
         max_length=ACCOUNT_LENGTH_MAX,
         description="Account path: 1 to 4 percent-encoded segments joined by '/'.",
         examples=["acme/ml/ana/key_7f3"],
+        json_schema_extra={"pattern": rf"^{_SEGMENT.pattern}(?:/{_SEGMENT.pattern}){{0,{DEPTH_MAX - 1}}}$"},
     ),
     AfterValidator(check_account),
 ]

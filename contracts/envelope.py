@@ -5,17 +5,23 @@ from hashlib import sha256
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from contracts.accounts import AccountId
+from contracts.times import Time
 from contracts.usage import MODEL_USED, ModelUsed
 
 EVENT_BYTES_MAX: Final = 64 << 10
+PROBLEMS_MAX: Final = 100
+NAME_SHOWN_MAX: Final = 64
 
 # The extension attribute by which ingest says that it filled in `time` for the producer.
 SERVER_FILLED: Final = "scripfilled"
 # The path an event took says nothing about what happened: a retry may travel under another trace.
 _NOT_CONTENT: Final = frozenset({SERVER_FILLED, "traceparent", "tracestate"})
+
+# Where a value may be of several types, pydantic reports one error for each and adds the type to the place.
+_ALTERNATIVES: Final = frozenset({"constrained-str", "constrained-int", "bool"})
 
 EventId = Annotated[
     str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f]+$", examples=["azure-conv-2023:17"])
@@ -23,7 +29,9 @@ EventId = Annotated[
 SourceName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$", examples=["demo"])]
 # Postgres has no text with a NUL in it.
 _TEXT = r"^[^\x00]*$"
-ExtensionValue = Annotated[str, Field(max_length=1024, pattern=_TEXT)] | int | bool
+# The CloudEvents type Integer.
+ExtensionNumber = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
+ExtensionValue = Annotated[str, Field(max_length=1024, pattern=_TEXT)] | ExtensionNumber | bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +65,7 @@ class UsageEvent(BaseModel):
     source: SourceName
     type: Literal["scrip.model.used.v1"]
     subject: AccountId
-    time: AwareDatetime | None = None
+    time: Time | None = None
     datacontenttype: Literal["application/json"] | None = None
     dataschema: Annotated[str, Field(max_length=1024, pattern=_TEXT)] | None = None
     data: ModelUsed
@@ -69,6 +77,8 @@ def read_usage_event(body: bytes) -> tuple[UsageEvent, bytes]:
         raise InvalidEvent((Problem("", f"an event has at most {EVENT_BYTES_MAX} bytes, this one has {len(body)}"),))
     try:
         raw = msgspec.json.decode(body)
+    except RecursionError:
+        raise InvalidEvent((Problem("", "not an event: nested too deeply"),)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidEvent((Problem("", f"not JSON: {error}"),)) from error
     if not isinstance(raw, dict):
@@ -76,7 +86,7 @@ def read_usage_event(body: bytes) -> tuple[UsageEvent, bytes]:
     try:
         event = UsageEvent.model_validate_json(body)
     except ValidationError as error:
-        raise InvalidEvent(tuple(_problems(error))) from error
+        raise InvalidEvent(_problems(error)) from error
     return event, body_hash(raw)
 
 
@@ -87,11 +97,29 @@ def body_hash(raw: dict[str, Any]) -> bytes:
     return sha256(msgspec.json.encode(content, order="sorted")).digest()
 
 
-def _problems(error: ValidationError) -> list[Problem]:
-    return [
-        Problem(".".join(str(part) for part in found["loc"]), _message(found["loc"], found["type"], found["msg"]))
-        for found in error.errors(include_url=False, include_context=False, include_input=False)
-    ]
+def _problems(error: ValidationError) -> tuple[Problem, ...]:
+    messages: dict[str, list[str]] = {}
+    for found in error.errors(include_url=False, include_context=False, include_input=False):
+        messages.setdefault(_field(found["loc"], found["type"]), []).append(
+            _message(found["loc"], found["type"], found["msg"])
+        )
+    problems = [Problem(field, ", or ".join(alternatives)) for field, alternatives in messages.items()]
+    if len(problems) > PROBLEMS_MAX:
+        left_out = Problem("", f"and {len(problems) - PROBLEMS_MAX} more problems")
+        problems = [*problems[:PROBLEMS_MAX], left_out]
+    return tuple(problems)
+
+
+def _field(loc: tuple[int | str, ...], kind: str) -> str:
+    if kind != "extra_forbidden" and loc and loc[-1] in _ALTERNATIVES:
+        loc = loc[:-1]
+    return ".".join(_readable(str(part)) for part in loc)
+
+
+def _readable(name: str) -> str:
+    # Names come from outside, and a problem is stored and printed: no control characters, no page-long names.
+    shown = name if name.isprintable() else ascii(name)
+    return shown if len(shown) <= NAME_SHOWN_MAX else f"{shown[:NAME_SHOWN_MAX]}…"
 
 
 def _message(loc: tuple[int | str, ...], kind: str, message: str) -> str:

@@ -7,12 +7,14 @@ from typing import Annotated, Literal
 from uuid import UUID
 
 from pydantic import AfterValidator, Field
+from pydantic.config import JsonDict
 
 from contracts.partition import PARTITION_COUNT, token
 
 Kind = Literal["hold", "lot", "txn", "charge"]
 
-_ID = re.compile(r"(hold|lot|txn|charge)_(\d\d)_([0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12})")
+_UUID7 = "[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
+_ID = re.compile(rf"(hold|lot|txn|charge)_([0-9]{{2}})_({_UUID7})")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -55,9 +57,14 @@ def _check_kind(kind: Kind) -> AfterValidator:
     return AfterValidator(check)
 
 
-HoldId = Annotated[
-    str, Field(max_length=64, examples=["hold_07_01980000-0000-7000-8000-000000000000"]), _check_kind("hold")
-]
-LotId = Annotated[str, Field(max_length=64), _check_kind("lot")]
-TransactionId = Annotated[str, Field(max_length=64), _check_kind("txn")]
-ChargeId = Annotated[str, Field(max_length=64), _check_kind("charge")]
+def _described(kind: Kind) -> JsonDict:
+    return {
+        "pattern": f"^{kind}_[0-6][0-9]_{_UUID7}$",
+        "examples": [f"{kind}_07_01980000-0000-7000-8000-000000000000"],
+    }
+
+
+HoldId = Annotated[str, Field(max_length=64, json_schema_extra=_described("hold")), _check_kind("hold")]
+LotId = Annotated[str, Field(max_length=64, json_schema_extra=_described("lot")), _check_kind("lot")]
+TransactionId = Annotated[str, Field(max_length=64, json_schema_extra=_described("txn")), _check_kind("txn")]
+ChargeId = Annotated[str, Field(max_length=64, json_schema_extra=_described("charge")), _check_kind("charge")]

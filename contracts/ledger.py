@@ -2,15 +2,18 @@
 
 from typing import Annotated, Final, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from contracts.accounts import AccountId
 from contracts.ids import HoldId, LotId, TransactionId
 from contracts.metering import ChargeLine
 from contracts.money import Amount, AmountText, UnitName
 from contracts.partition import Partition
+from contracts.times import Time
 
 IdempotencyKey = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f]+$")]
+# Postgres has no text with a NUL in it.
+Reference = Annotated[str, Field(max_length=256, pattern=r"^[^\x00]*$")]
 LotKind = Literal["plan", "promo", "bonus", "purchase", "adjustment"]
 WalletPolicy = Literal["hard"]
 
@@ -55,8 +58,8 @@ class Grant(_Frozen):
     amount: AmountText
     kind: LotKind = "adjustment"
     priority: Annotated[int, Field(ge=0, le=1000)] = 100
-    occurred_at: AwareDatetime | None = None
-    reference: Annotated[str, Field(max_length=256)] | None = None
+    occurred_at: Time | None = None
+    reference: Reference | None = None
 
 
 class HoldLeg(_Frozen):
@@ -123,7 +126,7 @@ class Accepted(_Frozen):
 
     status: Literal["accepted"] = "accepted"
     transaction: TransactionId
-    recorded_at: AwareDatetime
+    recorded_at: Time
     movements: tuple[Movement, ...] = ()
     replayed: bool = False
 
@@ -155,7 +158,7 @@ class _Fact(_Frozen):
     partition: Partition
     number: Annotated[int, Field(ge=1)]
     transaction: TransactionId
-    recorded_at: AwareDatetime
+    recorded_at: Time
 
 
 class AccountOpened(_Fact):
@@ -174,7 +177,7 @@ class LotGranted(_Fact):
     kind: LotKind
     granted: Amount
     repaid: Amount
-    reference: str | None = None
+    reference: Reference | None = None
 
 
 class HoldPlaced(_Fact):
@@ -184,7 +187,7 @@ class HoldPlaced(_Fact):
     account: AccountId
     hold: HoldId
     held: tuple[Amount, ...]
-    expires_at: AwareDatetime
+    expires_at: Time
 
 
 class HoldReleased(_Fact):

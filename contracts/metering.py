@@ -2,17 +2,19 @@
 
 from typing import Annotated, Final, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from contracts.accounts import AccountId
 from contracts.envelope import EventId, SourceName
 from contracts.ids import HoldId
 from contracts.money import Amount
 from contracts.partition import Partition
+from contracts.times import Time
 from contracts.usage import AttributeName, ModelName, ProviderName
 
 CHARGES_RATED: Final = "metering.charges.rated.v1"
 LINES_MAX = 1_000
+REVISION_MAX = 2**31 - 1
 
 
 class Scope(BaseModel):
@@ -32,12 +34,12 @@ class ChargeLine(BaseModel):
 
     source: SourceName
     event_id: EventId
-    revision: Annotated[int, Field(ge=0)] = 0
+    revision: Annotated[int, Field(ge=0, le=REVISION_MAX)] = 0
     account: AccountId
-    occurred_at: AwareDatetime
+    occurred_at: Time
     hold: HoldId | None = None
     scope: Scope
-    price_version: Annotated[str, Field(min_length=1, max_length=64)]
+    price_version: Annotated[str, Field(pattern=r"^[^\s\x00-\x1f]{1,64}$")]
     own_key: bool = False
     amounts: Annotated[tuple[Amount, ...], Field(max_length=16)]
 
@@ -50,5 +52,5 @@ class ChargesRated(BaseModel):
     type: Literal["metering.charges.rated.v1"] = CHARGES_RATED
     partition: Partition
     number: Annotated[int, Field(ge=1)]
-    recorded_at: AwareDatetime
+    recorded_at: Time
     lines: Annotated[tuple[ChargeLine, ...], Field(min_length=1, max_length=LINES_MAX)]

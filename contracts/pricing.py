@@ -11,18 +11,33 @@ from contracts.usage import ModelUsed
 
 Quantity = Literal["input_tokens", "output_tokens", "calls"]
 
-# Enough for a billion tokens at any price, exactly.
+PRICE_MAX = 10**9
+PRICE_DECIMALS_MAX = 18
+PER_MAX = 10**9
+# With these bounds a billion tokens cost at most 18 digits before the point and 27 behind it: nothing is cut off.
 _PRECISION = 50
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """`price` of `unit` for every `per` of a quantity: 0.15 usd per 1,000,000 input tokens."""
+    """`price` of `unit` for every `per` of a quantity: 0.15 usd per 1,000,000 input tokens.
+
+    ValueError for a price that could not be computed with exactly: `per` is a power of ten.
+    """
 
     quantity: Quantity
     unit: str
     price: Decimal
     per: int
+
+    def __post_init__(self) -> None:
+        if not self.price.is_finite() or not 0 <= self.price <= PRICE_MAX:
+            raise ValueError(f"a price is between 0 and {PRICE_MAX} {self.unit}, not {self.price}")
+        exponent = self.price.as_tuple().exponent
+        if isinstance(exponent, int) and exponent < -PRICE_DECIMALS_MAX:
+            raise ValueError(f"a price has at most {PRICE_DECIMALS_MAX} decimals, {self.price} has more")
+        if not 1 <= self.per <= PER_MAX or str(self.per).strip("0") != "1":
+            raise ValueError(f"a price is per 1, 10, 100 … up to {PER_MAX}, not per {self.per}")
 
 
 @dataclass(frozen=True, slots=True)

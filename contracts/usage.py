@@ -16,6 +16,8 @@ ModelName = Annotated[str, Field(pattern=r"^[^\s\x00-\x1f]{1,128}$", examples=["
 ProviderName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$", examples=["openai"])]
 TokenCount = Annotated[int, Field(ge=0, le=TOKENS_MAX)]
 AttributeName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+# What every JSON reader holds exactly (RFC 7493).
+AttributeNumber = Annotated[int, Field(ge=-(2**53) + 1, le=2**53 - 1)]
 AttributeText = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
 
 
@@ -31,4 +33,6 @@ class ModelUsed(BaseModel):
     hold: HoldId | None = None
     own_key: bool = False
     feature: AttributeName | None = None
-    attributes: Annotated[dict[AttributeName, AttributeText | int | bool], Field(max_length=ATTRIBUTES_MAX)] = {}
+    attributes: Annotated[
+        dict[AttributeName, AttributeText | AttributeNumber | bool], Field(max_length=ATTRIBUTES_MAX)
+    ] = {}

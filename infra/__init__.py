@@ -1,0 +1,1 @@
+"""The local stack: embedded servers, their configuration, the supervisor and the `scrip` command."""

@@ -1,0 +1,131 @@
+"""The commands that run and inspect the local stack: up, status, migrate, provision, clean."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from contracts.streams import OPERATOR
+from infra import leftovers, state, supervisor
+from infra.errors import StackError
+from infra.provision import lags, operator
+from infra.state import Layout, Run
+from infra.supervisor import Managed, Stack
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    for command in (up, status, migrate, provision, clean):
+        app.command()(command)
+
+
+def up(
+    *,
+    demo: Annotated[bool, typer.Option(help="Play the main job once everything is ready.")] = True,
+    exit_after_demo: Annotated[bool, typer.Option("--exit-after-demo", help="Stop then, with its exit code.")] = False,
+) -> None:
+    """Start servers and services, play the demo, and stay until Ctrl-C."""
+    module = supervisor.DEMO_MODULE if demo else None
+    raise typer.Exit(supervisor.up(demo_module=module, stay=not exit_after_demo, console=Console()))
+
+
+def status() -> None:
+    """Show what runs, whether it is ready, and what waits in the streams. Exit code 1 if something is missing."""
+    layout = state.locate()
+    run = state.current_run(layout)
+    if run is None:
+        raise StackError(f"Scrip is not running on {layout.directory}: start it with `make run` or `scrip up`.")
+    console = Console()
+    stack = _running(layout, run)
+    table = Table("what", "process", "port", "state")
+    table.add_row("supervisor", str(run.supervisor), "", "running")
+    complete = True
+    for title, port in (("PostgreSQL", "postgres"), ("NATS", "nats")):
+        pid = run.processes.get(title)
+        complete &= pid is not None
+        table.add_row(title, str(pid or ""), str(run.ports[port]), "running" if pid else "down")
+    for service in stack.services:
+        why = supervisor.unready(stack.service_url(service.name))
+        complete &= why is None
+        table.add_row(
+            service.name, str(run.processes.get(service.name, "")), str(run.ports[service.name]), why or "ready"
+        )
+    console.print(table)
+    console.print(_lag_table(stack))
+    raise typer.Exit(0 if complete else 1)
+
+
+def migrate() -> None:
+    """Create roles and schemas and bring them to their newest version."""
+    with _stack_with("postgres") as stack:
+        stack.migrate()
+        Console().print("Schemas are up to date: " + ", ".join(service.name for service in stack.services))
+
+
+def provision(
+    *, repair: Annotated[bool, typer.Option("--repair", help="Change what has drifted back to the contract.")] = False
+) -> None:
+    """Create streams and consumers from contracts/streams.py; report drift. Exit code 1 if some is left."""
+    with _stack_with("nats") as stack:
+        result = stack.provision(repair=repair)
+    console = Console()
+    for name in result.created:
+        console.print(f"created {name}", markup=False)
+    if result.drifts:
+        table = Table("where", "field", "is", "should be", title="repaired" if repair else "drift")
+        for drift in result.drifts:
+            table.add_row(drift.where, drift.name, str(drift.found), str(drift.wanted))
+        console.print(table)
+    elif not result.created:
+        console.print("Streams and consumers are as contracts/streams.py says.")
+    raise typer.Exit(1 if result.drifts and not repair else 0)
+
+
+def clean() -> None:
+    """Stop what runs on the state directory and remove all data: events, balances, credentials."""
+    leftovers.clean(state.locate())
+
+
+@contextmanager
+def _stack_with(server: str) -> Iterator[Stack]:
+    """The stack with one server running: the one that runs, else started for this moment."""
+    layout = state.locate()
+    if run := state.current_run(layout):
+        yield _running(layout, run)
+        return
+    state.prepare(layout)
+    with state.locked(layout):
+        stack = Stack.prepared(layout)
+        managed: Managed = stack.postgres() if server == "postgres" else stack.nats()
+        try:
+            managed.start()
+            yield stack
+        finally:
+            managed.stop()
+
+
+def _running(layout: Layout, run: Run) -> Stack:
+    return Stack(layout=layout, ports=run.ports, credentials=state.load_credentials(layout))
+
+
+def _lag_table(stack: Stack) -> Table:
+    """Per stream and reader; a reader with a consumer per partition is one row."""
+
+    async def read() -> dict[tuple[str, str], tuple[int, int]]:
+        async with operator(stack.nats_url, stack.credentials.nats[OPERATOR]) as jetstream:
+            return dict(await lags(jetstream))
+
+    sums: defaultdict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+    for (stream, durable), waiting in asyncio.run(read()).items():
+        sums[stream, durable.rstrip("0123456789").rstrip("-")].append(waiting)
+    table = Table("stream", "reader", "consumers", "waiting", "unacknowledged")
+    for (stream, reader), rows in sums.items():
+        table.add_row(
+            stream, reader, str(len(rows)), str(sum(row[0] for row in rows)), str(sum(row[1] for row in rows))
+        )
+    return table

@@ -1,0 +1,172 @@
+"""The two HTTP APIs as the demo and the benches use them: retried while a service restarts, bounded in concurrency."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from types import TracebackType
+from typing import Final, Self
+
+import httpx2
+
+from infra.errors import StackError
+
+CONCURRENT_MAX: Final = 32
+RETRY_SECONDS: Final = 0.2
+WITHOUT_ANSWER_SECONDS_MAX: Final = 60.0
+# Try again: the service is starting, its partition is changing hands, its queue is full.
+_PASSING: Final = frozenset({429, 502, 503, 504})
+
+
+@dataclass(frozen=True, slots=True)
+class NewAccount:
+    """An account to open with a usd wallet, and what to grant it. `key` makes both commands repeatable."""
+
+    account: str
+    dollars: str
+    granted_at: datetime
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """What metering has made of a source's events since it first met one."""
+
+    new: int = 0
+    duplicate: int = 0
+    conflicting: int = 0
+    dead: int = 0
+    unattributed: int = 0
+    unpriced: int = 0
+    charged: int = 0
+
+    @property
+    def accounted(self) -> int:
+        """How many messages it has dealt with."""
+        return self.new + self.duplicate + self.conflicting + self.dead
+
+    def since(self, before: "Counters") -> "Counters":
+        """What was added since then."""
+        return Counters(
+            new=self.new - before.new,
+            duplicate=self.duplicate - before.duplicate,
+            conflicting=self.conflicting - before.conflicting,
+            dead=self.dead - before.dead,
+            unattributed=self.unattributed - before.unattributed,
+            unpriced=self.unpriced - before.unpriced,
+            charged=self.charged - before.charged,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Charged:
+    """What the ledger says of an account, in dollars: charged by its journal, granted to it, and left."""
+
+    journal: Decimal
+    granted: Decimal
+    posted: Decimal
+
+
+class _Api:
+    """One service under one token."""
+
+    def __init__(self, url: str, token: str) -> None:
+        self._url = url
+        self._client = httpx2.AsyncClient(
+            base_url=url,
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=10.0,
+            trust_env=False,
+            limits=httpx2.Limits(max_connections=CONCURRENT_MAX),
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._client.aclose()
+
+    async def get(self, path: str) -> httpx2.Response:
+        """The answer to a question. StackError if there is none, or an error."""
+        return await self._send("GET", path)
+
+    async def post(self, path: str, body: object, *, key: str) -> httpx2.Response:
+        """The answer to a command; repeated under its key until there is one."""
+        return await self._send("POST", path, body=body, headers={"Idempotency-Key": key})
+
+    async def _send(
+        self, method: str, path: str, *, body: object = None, headers: dict[str, str] | None = None
+    ) -> httpx2.Response:
+        deadline = time.monotonic() + WITHOUT_ANSWER_SECONDS_MAX
+        while True:
+            try:
+                response = await self._client.request(method, path, json=body, headers=headers)
+            except httpx2.TransportError as error:
+                said = str(error) or type(error).__name__
+            else:
+                if response.is_success:
+                    return response
+                said = f"{response.status_code} {response.text[:300]}"
+                if response.status_code not in _PASSING:
+                    raise StackError(f"{method} {self._url}{path} was refused: {said}")
+            if time.monotonic() > deadline:
+                raise StackError(
+                    f"{method} {self._url}{path} got no answer for {WITHOUT_ANSWER_SECONDS_MAX:.0f} seconds"
+                    f" ({said}): see `scrip status` and the logs."
+                )
+            await asyncio.sleep(RETRY_SECONDS)
+
+
+class Metering(_Api):
+    """Metering's HTTP API."""
+
+    async def counters(self, source: str) -> Counters:
+        """What became of the events of `source`."""
+        (found,) = (await self.get(f"/api/v1/ingest?source={source}")).json()["sources"]
+        return Counters(**{name: found[name] for name in Counters.__slots__})
+
+
+class Ledger(_Api):
+    """The ledger's HTTP API."""
+
+    async def open_and_grant(self, new: Iterable[NewAccount]) -> AsyncIterator[int]:
+        """Open and fund accounts, a bounded number at a time; yields how many are done."""
+        waiting = iter(new)
+        done = 0
+        working: set[asyncio.Task[None]] = set()
+        try:
+            while True:
+                while len(working) < CONCURRENT_MAX and (one := next(waiting, None)) is not None:
+                    working.add(asyncio.create_task(self._open_and_grant(one)))
+                if not working:
+                    return
+                ended, working = await asyncio.wait(working, return_when=asyncio.FIRST_COMPLETED)
+                for task in ended:
+                    task.result()
+                    done += 1
+                    yield done
+        finally:
+            for task in working:
+                task.cancel()
+
+    async def _open_and_grant(self, new: NewAccount) -> None:
+        await self.post(
+            "/v1/accounts",
+            {"account": new.account, "wallets": [{"unit": "usd"}]},
+            key=f"{new.key}:open",
+        )
+        await self.post(
+            "/v1/grants",
+            {
+                "account": new.account,
+                "unit": "usd",
+                "amount": new.dollars,
+                "occurred_at": new.granted_at.isoformat(timespec="microseconds"),
+                "reference": new.key,
+            },
+            key=f"{new.key}:grant",
+        )
