@@ -1,0 +1,164 @@
+"""Group commit without a timer: the next batch is what queued while the last one was processed."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+from services.kit.telemetry import BATCH_ITEMS, BATCH_SECONDS, FAULTS, get_logger
+
+log = get_logger(__name__)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Busy(Exception):
+    """The queue is full: nothing was taken. Ask again later."""
+
+    def __init__(self, *, name: str, queued_cost: int, queue_cost_max: int) -> None:
+        super().__init__(f"{name} is busy: {queued_cost} of at most {queue_cost_max} are waiting")
+        self.queued_cost = queued_cost
+        self.queue_cost_max = queue_cost_max
+
+
+class Fault(Exception):
+    """This one item made its batch fail, alone as well as with others. The cause is chained."""
+
+
+class Stopped(Exception):
+    """The batcher was stopped before the item was processed. Nothing was done with it."""
+
+
+class Batcher(Generic[Item, Result]):
+    """Hands queued items to `process` in batches, in the order of submission, one batch at a time.
+
+    `process` returns one result per item. When it raises, nothing of the batch may have taken effect: halves of the
+    batch are tried again, in order, until the one bad item is alone and gets a Fault. An exception of a type in
+    `whole_batch_errors` (a lost connection, a deposed owner) is not the fault of an item: every item of the batch
+    gets that exception, and may have taken effect.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        process: Callable[[list[Item]], Awaitable[Sequence[Result]]],
+        batch_cost_max: int = 1000,
+        queue_cost_max: int = 20_000,
+        whole_batch_errors: tuple[type[Exception], ...] = (),
+    ) -> None:
+        self._name = name
+        self._process = process
+        self._batch_cost_max = batch_cost_max
+        self._queue_cost_max = queue_cost_max
+        self._whole_batch_errors = whole_batch_errors
+        self._queue: deque[_Waiting[Item, Result]] = deque()
+        self._queued_cost = 0
+        self._wake = asyncio.Event()
+        self._stopping = False
+
+    @property
+    def queued_cost(self) -> int:
+        """What is waiting, without the batch in process."""
+        return self._queued_cost
+
+    def submit(self, item: Item, *, cost: int = 1) -> asyncio.Future[Result]:
+        """Queue an item; the future is its result. Raises Busy, or Stopped. A cancelled item may still be processed."""
+        if self._stopping:
+            raise Stopped(f"{self._name} is stopping")
+        if self._queued_cost + cost > self._queue_cost_max and self._queue:
+            raise Busy(name=self._name, queued_cost=self._queued_cost, queue_cost_max=self._queue_cost_max)
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._queue.append(_Waiting(item, cost, future))
+        self._queued_cost += cost
+        self._wake.set()
+        return future
+
+    async def run(self) -> None:
+        """Process until `stop` was called and the queue is empty. One task runs it."""
+        try:
+            while True:
+                while not self._queue:
+                    if self._stopping:
+                        return
+                    self._wake.clear()
+                    await self._wake.wait()
+                await self._process_all(self._take_batch())
+        finally:
+            self._stopping = True
+            for waiting in self._queue:
+                _fail(waiting, Stopped(f"{self._name} was stopped"))
+            self._queue.clear()
+
+    def stop(self) -> None:
+        """Take no more items; `run` returns once those queued are done. Cancel `run` not to wait for them."""
+        self._stopping = True
+        self._wake.set()
+
+    def _take_batch(self) -> list["_Waiting[Item, Result]"]:
+        batch: list[_Waiting[Item, Result]] = []
+        cost = 0
+        while self._queue and (not batch or cost + self._queue[0].cost <= self._batch_cost_max):
+            waiting = self._queue.popleft()
+            self._queued_cost -= waiting.cost
+            if waiting.future.cancelled():
+                continue
+            cost += waiting.cost
+            batch.append(waiting)
+        return batch
+
+    async def _process_all(self, batch: list["_Waiting[Item, Result]"]) -> None:
+        if not batch:
+            return
+        started = time.monotonic()
+        try:
+            results = await self._process([waiting.item for waiting in batch])
+        except self._whole_batch_errors as error:
+            FAULTS.labels(place=f"batcher.{self._name}").inc()
+            log.error("batch failed", batcher=self._name, items=len(batch), error=repr(error))
+            for waiting in batch:
+                _fail(waiting, error)
+        except Exception as error:
+            await self._bisect(batch, error)
+        except BaseException:
+            for waiting in batch:
+                waiting.future.cancel()
+            raise
+        else:
+            BATCH_ITEMS.labels(name=self._name).observe(len(batch))
+            BATCH_SECONDS.labels(name=self._name).observe(time.monotonic() - started)
+            if len(results) != len(batch):
+                # Not bisected: it did take effect.
+                fault = Fault(f"{self._name} gave {len(results)} results for {len(batch)} items")
+                for waiting in batch:
+                    _fail(waiting, fault)
+                raise fault
+            for waiting, result in zip(batch, results, strict=True):
+                if not waiting.future.done():
+                    waiting.future.set_result(result)
+
+    async def _bisect(self, batch: list["_Waiting[Item, Result]"], error: Exception) -> None:
+        if len(batch) == 1:
+            FAULTS.labels(place=f"batcher.{self._name}").inc()
+            log.error("item failed alone", batcher=self._name, exc_info=error)
+            fault = Fault(f"{self._name} failed on this item: {type(error).__name__}")
+            fault.__cause__ = error
+            _fail(batch[0], fault)
+            return
+        log.warning("batch failed, trying its halves", batcher=self._name, items=len(batch), error=repr(error))
+        middle = len(batch) // 2
+        await self._process_all(batch[:middle])
+        await self._process_all(batch[middle:])
+
+
+class _Waiting(NamedTuple, Generic[Item, Result]):
+    item: Item
+    cost: int
+    future: asyncio.Future[Result]
+
+
+def _fail(waiting: "_Waiting[Item, Result]", error: Exception) -> None:
+    if not waiting.future.done():
+        waiting.future.set_exception(error)

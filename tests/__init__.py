@@ -1,0 +1,1 @@
+"""Tests, named as laws. `conftest.py` says which fixtures there are."""
