@@ -10,7 +10,7 @@ from contracts.ids import HoldId
 from contracts.money import Amount
 from contracts.partition import Partition
 from contracts.times import Time
-from contracts.usage import AttributeName, ModelName, ProviderName
+from contracts.usage import AttributeName, ModelName, PriceVersionId, ProviderName
 
 CHARGES_RATED: Final = "metering.charges.rated.v1"
 LINES_MAX = 1_000
@@ -39,7 +39,7 @@ class ChargeLine(BaseModel):
     occurred_at: Time
     hold: HoldId | None = None
     scope: Scope
-    price_version: Annotated[str, Field(pattern=r"^[^\s\x00-\x1f]{1,64}$")]
+    price_version: PriceVersionId
     own_key: bool = False
     amounts: Annotated[tuple[Amount, ...], Field(max_length=16)]
 

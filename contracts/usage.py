@@ -19,10 +19,14 @@ AttributeName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 # What every JSON reader holds exactly (RFC 7493).
 AttributeNumber = Annotated[int, Field(ge=-(2**53) + 1, le=2**53 - 1)]
 AttributeText = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
+PriceVersionId = Annotated[str, Field(pattern=r"^[^\s\x00-\x1f]{1,64}$", examples=["2024-07-18"])]
 
 
 class ModelUsed(BaseModel):
-    """One call of a model. Tokens are what the provider counted; `hold` is what the call was admitted under."""
+    """One call of a model. Tokens are what the provider counted; `hold` is what the call was admitted under.
+
+    `price_version` pins the price book version that the call was quoted with; without it that of its time holds.
+    """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
@@ -32,6 +36,7 @@ class ModelUsed(BaseModel):
     output_tokens: TokenCount
     hold: HoldId | None = None
     own_key: bool = False
+    price_version: PriceVersionId | None = None
     feature: AttributeName | None = None
     attributes: Annotated[
         dict[AttributeName, AttributeText | AttributeNumber | bool], Field(max_length=ATTRIBUTES_MAX)

@@ -17,7 +17,7 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
+import secrets
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -37,6 +37,8 @@ from infra.provision import consumer_config, operator, stream_config
 from infra.servers import EmbeddedNats, EmbeddedPostgres, free_port
 from services.kit.database import bootstrap, migrate
 from services.kit.settings import ServiceSettings
+from services.kit.telemetry import configure_logging
+from tests import hypothesis_profiles
 from tests.servers import ACCOUNTS_SPARE, Servers, account_prefix, accounts, password, running, stop
 
 REPOSITORY: Final = Path(__file__).resolve().parent.parent
@@ -58,15 +60,16 @@ _database_numbers = itertools.count(1)
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         # Inherited by xdist's workers.
-        os.environ[_RUN_DIRECTORY] = tempfile.mkdtemp(prefix="scrip-tests-")
+        os.environ[_RUN_DIRECTORY] = str(Path(tempfile.gettempdir(), f"scrip-tests-{secrets.token_hex(6)}"))
         os.environ[_RUN_PID] = str(os.getpid())
+    configure_logging(service="tests")
+    hypothesis_profiles.load()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         directory = Path(os.environ.pop(_RUN_DIRECTORY))
         stop(directory)
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)

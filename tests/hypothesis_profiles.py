@@ -5,11 +5,11 @@ import os
 from hypothesis import HealthCheck, settings
 
 # A deadline measures the machine, not the law. Failures print a blob that reproduces them anywhere.
-settings.register_profile("ci", deadline=None, derandomize=False, print_blob=True, max_examples=100)
+settings.register_profile("ci", deadline=None, derandomize=False, print_blob=True, max_examples=75)
 settings.register_profile(
     "soak",
     parent=settings.get_profile("ci"),
-    max_examples=20_000,
+    max_examples=5_000,
     suppress_health_check=[HealthCheck.too_slow],
 )
 

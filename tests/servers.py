@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,6 +63,7 @@ def accounts(*, count: int, secret: str) -> str:
 
 def running(directory: Path, *, run_pid: int, account_count: int) -> Servers:
     """The servers of the test run whose process is `run_pid`; starts them if nobody has yet."""
+    directory.mkdir(mode=0o700, exist_ok=True)
     with (directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         found = _read(directory)
@@ -84,6 +86,7 @@ def stop(directory: Path) -> None:
         _wait_for_end(keeper, seconds=STOP_SECONDS_MAX)
     finally:
         os.close(keeper)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def keep(directory: Path, *, run_pid: int, account_count: int) -> None:
@@ -103,6 +106,8 @@ def keep(directory: Path, *, run_pid: int, account_count: int) -> None:
         half_written.write_text(json.dumps(asdict(found)))
         half_written.rename(directory / "servers.json")
         _wait_for_end(run, seconds=None)
+    # Nobody is left to do it.
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ ANCHOR_BEFORE_START: Final = timedelta(hours=2)
 GRANTED_BEFORE_ANCHOR: Final = timedelta(hours=1)
 GRANT_DOLLARS: Final = "100"
 PUBLISHER_STARTS_MAX: Final = 6
-POLL_SECONDS: Final = 0.2
+POLL_SECONDS: Final = 0.1
 # More than a dead reader's messages wait before they are delivered again.
 WITHOUT_PROGRESS_SECONDS_MAX: Final = 75.0
 
@@ -87,7 +87,7 @@ class Show(Protocol):
     """Where progress goes."""
 
     def opened(self, done: int, total: int) -> None: ...
-    def moved(self, *, total: int, published: int, accounted: int, charged: int) -> None: ...
+    def moved(self, *, total: int, published: int, accounted: int, charged: int, chargeable: int) -> None: ...
     def said(self, sentence: str) -> None: ...
 
 
@@ -180,7 +180,7 @@ class _Run:
     published: Progress
 
     async def play(self) -> Result:
-        before, charged_before = await self.metering.counters(SOURCE), await self.ledger.charged_lines()
+        before, charged_before = await self.metering.counters(SOURCE), await self._charged_lines()
         begin = time.monotonic()
         publisher = asyncio.create_task(self._publish())
         try:
@@ -197,7 +197,7 @@ class _Run:
             conflicting=counters.conflicting,
             dead=counters.dead,
             set_aside=counters.unattributed + counters.unpriced,
-            charged=await self.ledger.charged_lines() - charged_before,
+            charged=await self._charged_lines() - charged_before,
             seconds=end - begin,
             totals=totals,
             stuck=stuck,
@@ -209,26 +209,42 @@ class _Run:
         """Until the totals agree or nothing moves any more: the time of the last move, why it is stuck, the totals."""
         last: tuple[int, int, int] | None = None
         changed = time.monotonic()
+        doubted = False
         while True:
             if publisher.done():
                 publisher.result()
+            asked = time.monotonic()
             counters = (await self.metering.counters(SOURCE)).since(before)
-            charged = await self.ledger.charged_lines() - charged_before
+            charged = await self._charged_lines() - charged_before
             stored = self.published.confirmed - self.published.duplicates
+            accounted = counters.accounted + self.published.duplicates
             self.show.moved(
                 total=self.published.total,
                 published=self.published.confirmed,
-                accounted=counters.accounted + self.published.duplicates,
+                accounted=accounted,
                 charged=charged,
+                # What is not accounted for yet may be a repeat.
+                chargeable=counters.new + max(0, self.published.total - accounted),
             )
             if (now := (self.published.confirmed, counters.accounted, charged)) != last:
                 last, changed = now, time.monotonic()
             settled = publisher.done() and counters.accounted >= stored and charged >= counters.charged
-            if settled and (totals := await self._totals()).agree:
-                return changed, None, totals
+            if settled:
+                if (totals := await self._totals()).agree:
+                    return changed, None, totals
+                if not doubted:
+                    doubted = True
+                    self.show.said(
+                        f"The totals do not agree yet ({totals.difference()}): waiting for what may still come."
+                    )
             if time.monotonic() - changed > WITHOUT_PROGRESS_SECONDS_MAX:
                 return changed, None if settled else _stuck(self.published, counters, charged), await self._totals()
-            await asyncio.sleep(POLL_SECONDS)
+            # Where asking has become expensive, ask less often.
+            await asyncio.sleep(max(POLL_SECONDS, 3 * (time.monotonic() - asked)))
+
+    async def _charged_lines(self) -> int:
+        edition = self.options.edition
+        return await self.ledger.charged_lines(f"demo-{edition}-" if edition else "demo-")
 
     async def _publish(self) -> None:
         """Run the publisher; one that was killed is started again, from the beginning."""

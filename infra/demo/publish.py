@@ -103,7 +103,7 @@ async def publish_all(client: Client, sendings: Sendings, report: Callable[[Prog
 
 
 async def connect(url: str, password: str, *, user: str = SOURCE) -> Client:
-    """A connection as a publishing service has it: its own user, its own inbox, reconnecting for ever."""
+    """A connection as a service has it: its own user, its own inbox, reconnecting for ever."""
 
     said: set[str] = set()
 
@@ -119,7 +119,7 @@ async def connect(url: str, password: str, *, user: str = SOURCE) -> Client:
         user=user,
         password=password,
         name=f"{user}-publisher",
-        inbox_prefix=inbox_prefix(SOURCE),
+        inbox_prefix=inbox_prefix(user),
         pending_size=PENDING_BYTES_MAX,
         max_reconnect_attempts=-1,
         reconnect_time_wait=RETRY_SECONDS,

@@ -41,10 +41,10 @@ class Bars:
     def opened(self, done: int, total: int) -> None:
         self._show("accounts", done, total)
 
-    def moved(self, *, total: int, published: int, accounted: int, charged: int) -> None:
+    def moved(self, *, total: int, published: int, accounted: int, charged: int, chargeable: int) -> None:
         self._show("published", published, total)
         self._show("metered", accounted, total)
-        self._show("charged", charged, total)
+        self._show("charged", charged, chargeable)
 
     def said(self, sentence: str) -> None:
         self._progress.console.print(sentence, style="yellow", markup=False)
@@ -52,7 +52,7 @@ class Bars:
     def _show(self, name: str, done: int, total: int) -> None:
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total)
-        self._progress.update(self._tasks[name], completed=min(done, total))
+        self._progress.update(self._tasks[name], completed=min(done, total), total=total)
 
 
 class Lines:
@@ -74,10 +74,10 @@ class Lines:
         if done == total:
             self.said(f"{total} accounts are open and granted.")
 
-    def moved(self, *, total: int, published: int, accounted: int, charged: int) -> None:
+    def moved(self, *, total: int, published: int, accounted: int, charged: int, chargeable: int) -> None:
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + LINE_EVERY_SECONDS
-            self.said(f"published {published} of {total}, metered {accounted}, charged {charged}")
+            self.said(f"published {published} of {total}, metered {accounted}, charged {charged} of {chargeable}")
 
     def said(self, sentence: str) -> None:
         self._console.print(sentence, markup=False, highlight=False, soft_wrap=True)
@@ -97,7 +97,10 @@ def show_result(console: Console, result: Result) -> None:
         console.print(result.stuck, style="bold red", markup=False)
     if not result.totals.agree:
         console.print(
-            f"The three totals differ. The first account: {result.totals.difference()}.", style="bold red", markup=False
+            f"The three totals differ. The first account: {result.totals.difference()}. Is anything but the demo's use"
+            " reported for it?",
+            style="bold red",
+            markup=False,
         )
     if result.right:
         console.print("The three totals agree to the nano-dollar, account by account.", style="green", markup=False)

@@ -2,12 +2,13 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from types import TracebackType
 from typing import Final, Self
+from urllib.parse import quote
 
 import httpx2
 
@@ -170,3 +171,33 @@ class Ledger(_Api):
             },
             key=f"{new.key}:grant",
         )
+
+    async def charged_lines(self, account_prefix: str) -> int:
+        """How many uses of the accounts so named are charged."""
+        found = (await self.get(f"/v1/totals?unit=usd&account_prefix={account_prefix}")).json()
+        return int(found["charge_lines"])
+
+    async def charged(self, accounts: Sequence[str]) -> list[Charged]:
+        """What each account was charged and granted, by its journal, and what its balance is."""
+        window = asyncio.Semaphore(CONCURRENT_MAX)
+
+        async def one(account: str) -> Charged:
+            async with window:
+                return await self._charged(account)
+
+        return await asyncio.gather(*(one(account) for account in accounts))
+
+    async def _charged(self, account: str) -> Charged:
+        wallets = (await self.get(f"/v1/balances/{account}")).json()["wallets"]
+        posted = sum((Decimal(wallet["posted"]) for wallet in wallets if wallet["unit"] == "usd"), Decimal(0))
+        charged, granted = Decimal(0), Decimal(0)
+        before: str | None = ""
+        while before is not None:
+            page = (await self.get(f"/v1/statements/{account}?unit=usd&limit=500{before}")).json()
+            for entry in page["entries"]:
+                if entry["kind"] == "charged":
+                    charged -= Decimal(entry["posted"])
+                else:
+                    granted += Decimal(entry["posted"])
+            before = None if page["next_before"] is None else f"&before={quote(page['next_before'])}"
+        return Charged(journal=charged, granted=granted, posted=posted)

@@ -120,8 +120,9 @@ class Batcher(Generic[Item, Result]):
             log.error("batch failed", batcher=self._name, items=len(batch), error=repr(error))
             for waiting in batch:
                 _fail(waiting, error)
+            return
         except Exception as error:
-            await self._bisect(batch, error)
+            failure = error
         except BaseException:
             for waiting in batch:
                 waiting.future.cancel()
@@ -138,6 +139,8 @@ class Batcher(Generic[Item, Result]):
             for waiting, result in zip(batch, results, strict=True):
                 if not waiting.future.done():
                     waiting.future.set_result(result)
+            return
+        await self._bisect(batch, failure)
 
     async def _bisect(self, batch: list["_Waiting[Item, Result]"], error: Exception) -> None:
         if len(batch) == 1:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
-import nats
 from fast_depends import ValidationError as UnfitArguments
 from faststream import AckPolicy, BaseMiddleware, ContextRepo, StreamMessage
 from faststream.exceptions import HandlerException, NackMessage, RejectMessage
@@ -30,13 +29,21 @@ PING_SECONDS: Final = 0.8
 
 
 async def connect_nats(settings: ServiceSettings, *, name: str | None = None) -> Client:
-    """A plain connection: retries for ever, reports every error. Raises only if the credentials are refused."""
+    """A plain connection, for everything hot: retries for ever, reports every error.
+
+    Raises only if the credentials are refused.
+    """
     reports = _ConnectionReports(settings.service, raise_when_refused=True)
-    client = await nats.connect(
-        **_options(settings, name=name, reports=reports),
-        user=settings.nats_user,
-        password=settings.nats_password.get_secret_value(),
-    )
+    client = _Client()
+    try:
+        await client.connect(
+            **_options(settings, name=name, reports=reports),
+            user=settings.nats_user,
+            password=settings.nats_password.get_secret_value(),
+        )
+    except BaseException:
+        await client.close()
+        raise
     reports.raise_when_refused = False
     return client
 
@@ -45,8 +52,7 @@ def build_broker(settings: ServiceSettings, *, dead_letter: Callable[[Letter], A
     """A FastStream broker for low-rate handlers. Handlers get the raw `bytes` and parse them with contracts.
 
     A handler that raises Unreadable has its message stored by `dead_letter` and terminated. Any other exception is a
-    fault: logged, counted, and delivered again after 1, 2, 4, … 30 seconds, for ever. `await broker.connect()` gives
-    the plain connection for everything hot.
+    fault: logged, counted, and delivered again after 1, 2, 4, … 30 seconds, for ever.
     """
     return NatsBroker(
         # FastStream itself raises when the credentials are refused.
@@ -70,6 +76,21 @@ def pull_subscriber(broker: NatsBroker, settings: ServiceSettings, *, consumer: 
         # A pull subscriber does not take it from the connection.
         inbox_prefix=f"{inbox_prefix(settings.service)}.".encode(),
     )
+
+
+class _Client(Client):
+    """nats-py's client with a cheaper reading of headers: its own takes half the time of reading a message."""
+
+    @staticmethod
+    def _parse_header_lines(raw: bytes) -> dict[str, str]:
+        found = {}
+        for line in raw.decode("utf-8", "replace").split("\r\n"):
+            name, colon, value = line.partition(":")
+            if colon:
+                name = name.strip()
+                if name.isascii() and " " not in name and "\t" not in name:
+                    found[name] = value.strip()
+        return found
 
 
 class _FaultPolicy(BaseMiddleware[Any, Any]):

@@ -113,6 +113,13 @@ def serve(app: FastAPI, settings: ServiceSettings) -> None:
     )
 
 
+class BodyTooLarge(HTTPException):
+    """Raised while a body is read. An HTTPException, because FastAPI takes any other for a body it cannot parse."""
+
+    def __init__(self, bytes_max: int) -> None:
+        super().__init__(413, f"the body has more than {bytes_max} bytes")
+
+
 class BodyLimit:
     """Answers 413 to a body above the limit, announced or not."""
 
@@ -124,10 +131,9 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        problem = Problem(413, "body_too_large", f"the body has more than {self._bytes_max} bytes")
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         if not announced.isdigit() or int(announced) > self._bytes_max:
-            await problem_response(problem)(scope, receive, send)
+            await _too_large(BodyTooLarge(self._bytes_max))(scope, receive, send)
             return
         received = 0
 
@@ -136,7 +142,7 @@ class BodyLimit:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self._bytes_max:
-                raise problem
+                raise BodyTooLarge(self._bytes_max)
             return message
 
         await self._app(scope, limited, send)
@@ -210,10 +216,16 @@ async def _on_invalid_request(_request: Request, error: Exception) -> Response:
 
 async def _on_http_exception(_request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if isinstance(error, BodyTooLarge):
+        return _too_large(error)
     phrase = HTTPStatus(error.status_code).phrase
     return problem_response(
         Problem(error.status_code, phrase.lower().replace(" ", "_"), error.detail, headers=dict(error.headers or {}))
     )
+
+
+def _too_large(error: BodyTooLarge) -> Response:
+    return problem_response(Problem(413, "body_too_large", error.detail))
 
 
 async def _on_fault(request: Request, error: Exception) -> Response:

@@ -149,9 +149,7 @@ class _Call:
         try:
             for number, place in enumerate(places[:-1], start=1):
                 message = self._messages[place]
-                headers = self._headers(message)
-                headers["Nats-Batch-Id"] = batch
-                headers["Nats-Batch-Sequence"] = str(number)
+                headers = {"Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(number), **_headers(message)}
                 await self._client.publish(message.subject, message.payload, headers=headers)
             ack = await self._request(
                 self._messages[places[-1]],
@@ -224,17 +222,11 @@ class _Call:
             message.subject,
             message.payload,
             timeout=self._timeout_seconds,
-            headers={**self._headers(message), **headers},
+            # Otherwise another stream that takes the subject would confirm it. In a batch one message has it: those
+            # before it that another stream took are missing.
+            headers={**_headers(message), **headers, "Nats-Expected-Stream": self._stream},
         )
         return _ACK.decode(answer.data)
-
-    def _headers(self, message: Message) -> dict[str, str]:
-        headers = dict(message.headers or {})
-        # Otherwise a stream that takes the subject by mistake would confirm it.
-        headers["Nats-Expected-Stream"] = self._stream
-        if message.message_id is not None:
-            headers["Nats-Msg-Id"] = message.message_id
-        return headers
 
     def _unconfirmed(self, places: Sequence[int], error: Exception) -> None:
         self._unanswered = True
@@ -251,6 +243,13 @@ class _Call:
         for outcome, count in counts.items():
             if count:
                 PUBLISHED.labels(stream=self._stream, outcome=outcome).inc(count)
+
+
+def _headers(message: Message) -> dict[str, str]:
+    headers = dict(message.headers) if message.headers else {}
+    if message.message_id is not None:
+        headers["Nats-Msg-Id"] = message.message_id
+    return headers
 
 
 def _first_places(messages: Sequence[Message]) -> list[int]:

@@ -196,13 +196,6 @@ async def test_wrong_credentials_fail_at_once(nats_account: NatsAccount) -> None
         async with asyncio.timeout(3):
             await connect_nats(settings)
 
-    async def keep(_letter: Letter) -> None:
-        """Nothing is ever received."""
-
-    with pytest.raises(nats.errors.Error, match="Authorization"):
-        async with asyncio.timeout(3):
-            await build_broker(settings, dead_letter=keep).start()
-
 
 async def test_the_ping_tells_a_hung_server_and_recovers(own_nats: tuple[EmbeddedNats, NatsAccount]) -> None:
     server, account = own_nats

@@ -1,0 +1,1 @@
+"""Every performance claim, one command each. See README.md."""

@@ -1,0 +1,188 @@
+"""Why the ledger will not: typed, with the numbers a caller needs. A refusal changes nothing.
+
+Refusal
+├── UnknownUnit, InvalidAmount, InvalidTime      what was asked makes no sense
+├── AccountNotOpen, WalletNotOpen                nothing is there
+├── WalletPolicyDiffers, AccountDiffers          it is there, and other than was said
+├── HoldExists, HoldReleased, HoldSettled        a hold begins once and ends once
+├── AlreadyCharged, ChargeDiffers                a use is charged once
+└── InsufficientFunds                            a hard wallet stays above its floor
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownUnit:
+    """The catalogue has no such unit."""
+
+    code: ClassVar = "unknown_unit"
+    unit: str
+
+    def __str__(self) -> str:
+        return f"the catalogue has no unit {self.unit!r}"
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidAmount:
+    """An amount that cannot be meant; `reason` is a clause."""
+
+    code: ClassVar = "invalid_amount"
+    unit: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.unit}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidTime:
+    """Something is said to have happened later than now."""
+
+    code: ClassVar = "invalid_time"
+    occurred_at: datetime
+    recorded_at: datetime
+
+    def __str__(self) -> str:
+        return f"{self.occurred_at.isoformat()} is later than now, {self.recorded_at.isoformat()}"
+
+
+@dataclass(frozen=True, slots=True)
+class AccountNotOpen:
+    """Nobody opened the account."""
+
+    code: ClassVar = "account_not_open"
+    account: str
+
+    def __str__(self) -> str:
+        return f"the account {self.account} is not open"
+
+
+@dataclass(frozen=True, slots=True)
+class WalletNotOpen:
+    """The account has no wallet of the unit."""
+
+    code: ClassVar = "wallet_not_open"
+    account: str
+    unit: str
+
+    def __str__(self) -> str:
+        return f"the account {self.account} has no {self.unit} wallet"
+
+
+@dataclass(frozen=True, slots=True)
+class WalletPolicyDiffers:
+    """The wallet is open with another policy."""
+
+    code: ClassVar = "wallet_policy_differs"
+    account: str
+    unit: str
+    policy: str
+    asked: str
+
+    def __str__(self) -> str:
+        return f"the {self.unit} wallet of {self.account} is {self.policy}, not {self.asked}"
+
+
+@dataclass(frozen=True, slots=True)
+class AccountDiffers:
+    """The hold is another account's."""
+
+    code: ClassVar = "account_differs"
+    hold: str
+    account: str
+
+    def __str__(self) -> str:
+        return f"the hold {self.hold} is not one of {self.account}"
+
+
+@dataclass(frozen=True, slots=True)
+class HoldExists:
+    """A hold of this id is open already."""
+
+    code: ClassVar = "hold_exists"
+    hold: str
+
+    def __str__(self) -> str:
+        return f"the hold {self.hold} has been placed already"
+
+
+@dataclass(frozen=True, slots=True)
+class HoldReleased:
+    """The hold has ended without a charge, or was released before it was placed."""
+
+    code: ClassVar = "hold_released"
+    hold: str
+
+    def __str__(self) -> str:
+        return f"the hold {self.hold} has been released"
+
+
+@dataclass(frozen=True, slots=True)
+class HoldSettled:
+    """The hold has ended with a charge, or a charge named it before it was placed."""
+
+    code: ClassVar = "hold_settled"
+    hold: str
+
+    def __str__(self) -> str:
+        return f"the hold {self.hold} has been settled"
+
+
+@dataclass(frozen=True, slots=True)
+class AlreadyCharged:
+    """This very line was charged before."""
+
+    code: ClassVar = "already_charged"
+    source: str
+    event_id: str
+    revision: int
+
+    def __str__(self) -> str:
+        return f"{self.source} {self.event_id} revision {self.revision} has been charged"
+
+
+@dataclass(frozen=True, slots=True)
+class ChargeDiffers:
+    """The use was charged before, and that line said something else."""
+
+    code: ClassVar = "charge_differs"
+    source: str
+    event_id: str
+    revision: int
+
+    def __str__(self) -> str:
+        return f"{self.source} {self.event_id} revision {self.revision} has been charged with another content"
+
+
+@dataclass(frozen=True, slots=True)
+class InsufficientFunds:
+    """A wallet has less available than the least that was asked for. Amounts in the unit's steps."""
+
+    code: ClassVar = "insufficient_funds"
+    account: str
+    unit: str
+    required: int
+    remaining: int
+
+    def __str__(self) -> str:
+        return f"the {self.unit} wallet of {self.account} has not got what is required"
+
+
+Refusal = (
+    UnknownUnit
+    | InvalidAmount
+    | InvalidTime
+    | AccountNotOpen
+    | WalletNotOpen
+    | WalletPolicyDiffers
+    | AccountDiffers
+    | HoldExists
+    | HoldReleased
+    | HoldSettled
+    | AlreadyCharged
+    | ChargeDiffers
+    | InsufficientFunds
+)

@@ -1,0 +1,283 @@
+"""Messages in: commands by request/reply, charge bundles from their stream. Parsed, handed to the batcher, answered."""
+
+import asyncio
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Final
+
+import nats.errors
+import psycopg
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from pydantic import ValidationError
+
+from contracts import ledger as words
+from contracts.partition import partition_of, token
+from contracts.streams import CHARGES, charges_consumer
+from services.kit import dead_letters
+from services.kit.batcher import Batcher, Busy, Fault, Stopped
+from services.kit.database import Pool
+from services.kit.dead_letters import letter_of
+from services.kit.reader import PullReader
+from services.kit.redelivery import place_of, retry_delay_seconds
+from services.kit.telemetry import FAULTS, MESSAGES, get_logger
+from services.ledger.domain.commands import Units
+from services.ledger.handlers import (
+    CHARGES_STOPPED,
+    BundleItem,
+    CommandItem,
+    Conflicting,
+    Item,
+    NotOwner,
+    OutOfOrder,
+    Replied,
+    Result,
+    Taken,
+)
+from services.ledger.store import HeadMoved
+from services.ledger.translate import (
+    Invalid,
+    UnreadableBundle,
+    body_hash,
+    model_problems,
+    read_bundle,
+    read_command,
+    refused_as,
+)
+
+log = get_logger(__name__)
+
+# What is not the fault of one item: all of a batch are told to try again.
+TRY_AGAIN: Final = (psycopg.OperationalError, psycopg.InterfaceError, TimeoutError, HeadMoved)
+
+COMMAND_BYTES_MAX: Final = 64 << 10
+# Twice as many per partition are on their way or buffered, and age there.
+BUNDLES_PER_PARTITION_MAX: Final = 4
+BUNDLES_AT_ONCE_MAX: Final = 32
+BYTES_AT_ONCE_MAX: Final = 8 << 20
+# Bundles that may be waiting for their commit while the next ones are read.
+READS_IN_FLIGHT_MAX: Final = 3
+GAP_SECONDS: Final = 0.05
+CONFLICT_SECONDS: Final = 30.0
+
+
+class CommandSubscriber:
+    """Answers the commands of the partitions owned here. The caller's name is the last token of the subject."""
+
+    def __init__(self, client: Client, *, batcher: Batcher[Item, Result], units: Units) -> None:
+        self._client = client
+        self._batcher = batcher
+        self._units = units
+        self._subscriptions: dict[int, Subscription] = {}
+        self._answering: set[asyncio.Task[None]] = set()
+
+    async def own(self, partitions: Iterable[int]) -> None:
+        """Begin to answer for partitions."""
+        for partition in partitions:
+            self._subscriptions[partition] = await self._client.subscribe(
+                f"rpc.ledger.v1.{token(partition)}.*.*",
+                cb=self._take,
+                pending_msgs_limit=-1,
+                pending_bytes_limit=-1,
+            )
+        await self._client.flush()
+
+    async def disown(self, partitions: Iterable[int]) -> None:
+        """Answer for partitions no longer."""
+        for partition in partitions:
+            if (subscription := self._subscriptions.pop(partition, None)) is not None:
+                await _unsubscribe(subscription)
+
+    async def _take(self, message: Msg) -> None:
+        task = asyncio.create_task(self._answer(message))
+        self._answering.add(task)
+        task.add_done_callback(self._answering.discard)
+
+    async def _answer(self, message: Msg) -> None:
+        body = await self._decide(message)
+        if message.reply:
+            try:
+                await self._client.publish(message.reply, body)
+            except nats.errors.Error as error:
+                # The caller asks again under the same key and gets the same outcome.
+                log.warning("reply not sent", subject=message.subject, error=repr(error))
+
+    async def _decide(self, message: Msg) -> bytes:
+        try:
+            item = read_command_message(message.subject, message.data, self._units)
+        except Invalid as error:
+            return _json(refused_as(error))
+        try:
+            result = await self._batcher.submit(item)
+        except Busy as error:
+            return _json(words.Failed(code="busy", message=str(error)))
+        except (*TRY_AGAIN, Stopped) as error:
+            return _json(words.Failed(code="unavailable", message=f"not decided, ask again: {type(error).__name__}"))
+        except Fault:
+            return _json(words.Failed(code="fault", message="the ledger failed on this command; the fault is logged"))
+        match result:
+            case Replied(body):
+                return body
+            case _:
+                return _json(words.Failed(code="unavailable", message="the partition has just got another owner"))
+
+
+def read_command_message(subject: str, body: bytes, units: Units) -> CommandItem:
+    """A request as an item. Raises Invalid."""
+    *_, partition, name, principal = subject.split(".")
+    if len(body) > COMMAND_BYTES_MAX:
+        raise Invalid.of("", f"a command has at most {COMMAND_BYTES_MAX} bytes, this one has {len(body)}")
+    try:
+        command = words.COMMANDS.validate_json(body)
+    except ValidationError as error:
+        raise Invalid(model_problems(error)) from error
+    account = command.line.account if isinstance(command, words.Charge) else command.account
+    if command.command != name:
+        raise Invalid.of("/command", f"the subject says {name}")
+    if token(partition_of(account)) != partition:
+        raise Invalid.of("/account", f"{account} lives in partition {token(partition_of(account))}, not {partition}")
+    return CommandItem(
+        partition=int(partition),
+        principal=principal,
+        key=command.idempotency_key,
+        body_hash=body_hash(command),
+        command=read_command(command, units),
+    )
+
+
+class ChargesSubscriber:
+    """Reads the charge bundles of the partitions owned here, in number order, and acknowledges after the commit."""
+
+    def __init__(
+        self, client: Client, *, batcher: Batcher[Item, Result], units: Units, pool: Pool, ack_wait_seconds: float
+    ) -> None:
+        self._batcher = batcher
+        self._units = units
+        self._pool = pool
+        self._reader = PullReader(
+            client, stream=CHARGES, ack_wait_seconds=ack_wait_seconds, batch_size_max=BUNDLES_PER_PARTITION_MAX
+        )
+        self._in_flight = asyncio.Semaphore(READS_IN_FLIGHT_MAX)
+        self._settling: set[asyncio.Task[None]] = set()
+        self._stopping = False
+
+    async def own(self, partitions: Iterable[int]) -> None:
+        """Begin to read partitions."""
+        for partition in partitions:
+            await self._reader.add(charges_consumer(partition))
+
+    async def disown(self, partitions: Iterable[int]) -> None:
+        """Read partitions no longer; what is buffered is given back."""
+        for partition in partitions:
+            CHARGES_STOPPED.labels(partition=token(partition)).set(0)
+            await self._reader.remove(charges_consumer(partition))
+
+    async def run(self) -> None:
+        """Read until `stop`. One task runs it."""
+        while not self._stopping:
+            await self._in_flight.acquire()
+            messages = await self._reader.next_batch(messages_max=BUNDLES_AT_ONCE_MAX, bytes_max=BYTES_AT_ONCE_MAX)
+            if not messages:
+                self._in_flight.release()
+                continue
+            # Submitted before the next are read: bundles of a partition are decided in the order of the stream.
+            submitted = [(message, await self._submit(message)) for message in messages]
+            task = asyncio.create_task(self._settle(submitted))
+            self._settling.add(task)
+            task.add_done_callback(self._settled)
+
+    async def stop(self) -> None:
+        """Read no more, and finish what was submitted."""
+        self._stopping = True
+        if self._settling:
+            await asyncio.wait(self._settling)
+
+    def _settled(self, task: asyncio.Task[None]) -> None:
+        self._settling.discard(task)
+        self._in_flight.release()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            FAULTS.labels(place="ledger.charges").inc()
+            log.error("charges not settled, they will be delivered again", exc_info=error)
+
+    async def _submit(self, message: Msg) -> "asyncio.Future[Result] | None":
+        """Hand a bundle to the batcher; None if it could not be: the message has been dealt with."""
+        partition = int(message.subject.split(".")[2])
+        try:
+            bundle = read_bundle(message.subject, message.data, self._units)
+        except UnreadableBundle as error:
+            await self._put_aside(message, str(error), partition)
+            return None
+        place = place_of(message)
+        item = BundleItem(bundle, place.stream, place.stream_sequence, message.subject)
+        while True:
+            try:
+                return self._batcher.submit(item, cost=len(bundle.lines))
+            except Busy:
+                await asyncio.sleep(0.005)
+            except Stopped:
+                await self._reader.nak([message])
+                return None
+
+    async def _settle(self, submitted: "list[tuple[Msg, asyncio.Future[Result] | None]]") -> None:
+        taken = []
+        for message, future in submitted:
+            if future is None:
+                continue
+            try:
+                result = await future
+            except (*TRY_AGAIN, Stopped, Fault) as error:
+                # Logged by the batcher.
+                delay = min(retry_delay_seconds(place_of(message).deliveries), 5.0) if isinstance(error, Fault) else 0.2
+                await self._reader.nak([message], delay_seconds=delay)
+                continue
+            match result:
+                case Taken(repeated=repeated):
+                    MESSAGES.labels(consumer="charges", outcome="repeated" if repeated else "acknowledged").inc()
+                    taken.append(message)
+                case OutOfOrder(expected=expected):
+                    deliveries = place_of(message).deliveries
+                    if deliveries > 10:
+                        log.error("a bundle is missing before this one", subject=message.subject, expected=expected)
+                    await self._reader.nak([message], delay_seconds=min(GAP_SECONDS * 2 ** min(deliveries, 10), 5.0))
+                case NotOwner():
+                    await self._reader.nak([message])
+                case Conflicting():
+                    await self._stop_partition(message)
+                case _:
+                    raise AssertionError(f"a bundle is not answered with {result}")
+        await self._reader.ack(taken)
+
+    async def _stop_partition(self, message: Msg) -> None:
+        """Not acknowledged, and not skipped: somebody has to find out which of the two is right."""
+        CHARGES_STOPPED.labels(partition=message.subject.split(".")[2]).set(1)
+        FAULTS.labels(place="ledger.charges_conflict").inc()
+        log.critical(
+            "a bundle of charges differs from the one taken under its number",
+            subject=message.subject,
+            sequence=place_of(message).stream_sequence,
+        )
+        await self._reader.nak([message], delay_seconds=CONFLICT_SECONDS)
+
+    async def _put_aside(self, message: Msg, reason: str, partition: int) -> None:
+        """It is no bundle and has no number: those behind it need not wait for it."""
+        letter = letter_of(message, reason=reason, partition=partition)
+        try:
+            async with self._pool.connection() as connection:
+                await dead_letters.record(connection, [letter])
+        except (psycopg.Error, TimeoutError) as error:
+            log.warning("not put aside, it will be delivered again", subject=message.subject, error=repr(error))
+            await self._reader.nak([message], delay_seconds=1.0)
+            return
+        MESSAGES.labels(consumer="charges", outcome="dead").inc()
+        log.error("message dead-lettered", subject=message.subject, reason=reason)
+        await self._reader.term([message])
+
+
+async def _unsubscribe(subscription: Subscription) -> None:
+    with suppress(nats.errors.ConnectionClosedError, nats.errors.BadSubscriptionError):
+        await subscription.unsubscribe()
+
+
+def _json(reply: words.Refused | words.Failed) -> bytes:
+    return reply.model_dump_json(exclude_none=True).encode()

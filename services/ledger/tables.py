@@ -1,0 +1,206 @@
+"""The tables of the schema `ledger`. All begin with `partition`. The migrations make them; these lines describe them.
+
+The record is append-only: journal, commands, bundles, charge_lines. The projections are sums over the journal, and a
+replay rebuilds them: accounts, wallets, lots, holds, hold_lots.
+"""
+
+from typing import Any, Final
+
+from sqlalchemy import TIMESTAMP, BigInteger, Boolean, Column, Integer, LargeBinary, MetaData, SmallInteger, Table, Text
+from sqlalchemy.dialects.postgresql import UUID
+
+from services.kit.dead_letters import dead_letters_table
+from services.kit.leases import leases_table, members_table
+from services.kit.outbox import outbox_table, relayed_table
+
+metadata: Final = MetaData()
+
+
+def _key(name: str, kind: Any) -> Column[Any]:
+    return Column(name, kind, primary_key=True, autoincrement=False)
+
+
+def _value(name: str, kind: Any, *, nullable: bool = False) -> Column[Any]:
+    return Column(name, kind, nullable=nullable)
+
+
+def _time(name: str, *, nullable: bool = False) -> Column[Any]:
+    return Column(name, TIMESTAMP(timezone=True), nullable=nullable)
+
+
+# Where each partition stands. Every commit is conditional on (epoch, batch), and moves it.
+heads = Table(
+    "heads",
+    metadata,
+    _key("partition", SmallInteger),
+    _value("epoch", BigInteger),
+    _value("batch", BigInteger),
+    _value("chain_hash", LargeBinary),
+    _time("recorded_at"),
+    _value("outbox_number", BigInteger),
+    _value("charges_number", BigInteger),
+)
+
+# Every column but the last enters the hash, in this order, as text.
+journal = Table(
+    "journal",
+    metadata,
+    _key("partition", SmallInteger),
+    _key("batch", BigInteger),
+    _key("position", Integer),
+    _value("transaction_id", UUID),
+    _value("kind", Text),
+    _value("account", Text),
+    _value("unit", Text, nullable=True),
+    _value("lot_id", UUID, nullable=True),
+    _value("lot_kind", Text, nullable=True),
+    _value("hold_id", UUID, nullable=True),
+    _value("posted", BigInteger),
+    _value("held", BigInteger),
+    _value("frozen", BigInteger),
+    _time("occurred_at"),
+    _time("recorded_at"),
+    _value("details", Text, nullable=True),
+    _value("hash", LargeBinary),
+)
+
+# Accepted commands and their outcomes, for ever. `batch` is that of the transaction that made it so.
+commands = Table(
+    "commands",
+    metadata,
+    _key("partition", SmallInteger),
+    _key("principal", Text),
+    _key("idempotency_key", Text),
+    _value("body_hash", LargeBinary),
+    _value("transaction_id", UUID),
+    _value("batch", BigInteger),
+    _time("recorded_at"),
+    _value("outcome", Text),
+)
+
+bundles = Table(
+    "bundles",
+    metadata,
+    _key("partition", SmallInteger),
+    _key("number", BigInteger),
+    _value("body_hash", LargeBinary),
+    _value("batch", BigInteger),
+    _value("transaction_id", UUID, nullable=True),
+    _value("lines", Integer),
+    _value("lines_dead", Integer),
+)
+
+# What each use was charged, once, and from which lots. `split`: [[account, unit, lot, lot kind, posted, held], …].
+charge_lines = Table(
+    "charge_lines",
+    metadata,
+    _key("partition", SmallInteger),
+    _key("source", Text),
+    _key("event_id", Text),
+    _key("revision", Integer),
+    _value("account", Text),
+    _time("occurred_at"),
+    _value("hold_id", UUID, nullable=True),
+    _value("scope", Text),
+    _value("price_version", Text),
+    _value("own_key", Boolean),
+    _value("amounts", Text),
+    _value("split", Text),
+    _value("bundle_number", BigInteger, nullable=True),
+    _value("line_number", Integer),
+    _value("batch", BigInteger),
+    _value("transaction_id", UUID),
+)
+
+accounts = Table(
+    "accounts",
+    metadata,
+    _key("partition", SmallInteger),
+    _key("account", Text),
+    _time("opened_at"),
+    _time("recorded_at"),
+    _value("batch", BigInteger),
+    _value("position", Integer),
+    _value("transaction_id", UUID),
+)
+
+wallets = Table(
+    "wallets",
+    metadata,
+    _key("partition", SmallInteger),
+    _key("account", Text),
+    _key("unit", Text),
+    _value("policy", Text),
+    _value("overdraft", BigInteger),
+    _time("recorded_at"),
+    _value("batch", BigInteger),
+    _value("position", Integer),
+    _value("posted", BigInteger),
+    _value("held", BigInteger),
+    _value("frozen", BigInteger),
+    _value("overage", BigInteger),
+)
+
+# `spent` stands for "nothing is left", so that an index can leave those lots out and updates stay in their page.
+lots = Table(
+    "lots",
+    metadata,
+    _key("partition", SmallInteger),
+    _key("lot_id", UUID),
+    _value("account", Text),
+    _value("unit", Text),
+    _value("kind", Text),
+    _value("priority", Integer),
+    _time("effective_at", nullable=True),
+    _time("expires_at", nullable=True),
+    _value("scope", Text, nullable=True),
+    _value("reference", Text, nullable=True),
+    _value("cost_basis", Text, nullable=True),
+    _value("origin", Text, nullable=True),
+    _value("granted", BigInteger),
+    _time("occurred_at"),
+    _time("recorded_at"),
+    _value("batch", BigInteger),
+    _value("position", Integer),
+    _value("posted", BigInteger),
+    _value("held", BigInteger),
+    _value("frozen", BigInteger),
+    _value("spent", Boolean),
+)
+
+holds = Table(
+    "holds",
+    metadata,
+    _key("partition", SmallInteger),
+    _key("hold_id", UUID),
+    _value("account", Text),
+    _value("status", Text),
+    _time("expires_at", nullable=True),
+    _value("overdue", Text),
+    _value("legs", Text),
+    _time("recorded_at"),
+    _value("transaction_id", UUID),
+    _value("batch", BigInteger),
+    _value("position", Integer),
+    _time("ended_at", nullable=True),
+)
+
+hold_lots = Table(
+    "hold_lots",
+    metadata,
+    _key("partition", SmallInteger),
+    _key("hold_id", UUID),
+    _key("account", Text),
+    _key("unit", Text),
+    _key("lot_id", UUID),
+    _value("placed", BigInteger),
+    _value("held", BigInteger),
+)
+
+PROJECTIONS: Final = (accounts, wallets, lots, holds, hold_lots)
+
+outbox = outbox_table(metadata)
+relayed = relayed_table(metadata)
+leases = leases_table(metadata)
+members = members_table(metadata)
+dead_letters = dead_letters_table(metadata)

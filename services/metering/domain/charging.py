@@ -1,0 +1,109 @@
+"""Which new use is charged now and which must wait, and how charges are bundled for the ledger."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Final, Literal, assert_never
+
+from contracts.metering import LINES_MAX
+from contracts.pricing import Rated
+from services.metering.domain.prices import NoPrice
+from services.metering.domain.usage import Usage
+
+# What a use waits for: that its account is opened, or that its model gets a price.
+Reason = Literal["unattributed", "unpriced"]
+
+_STEP: Final = timedelta(microseconds=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """A use and what it costs."""
+
+    usage: Usage
+    rated: Rated
+
+
+@dataclass(frozen=True, slots=True)
+class SetAside:
+    """A use that is logged and not charged yet. `key` is what it waits for: an account, or `provider/model`."""
+
+    usage: Usage
+    reason: Reason
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """Every use of a batch is in exactly one of the two."""
+
+    charges: Sequence[Charge]
+    set_aside: Sequence[SetAside]
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """Charges of one partition under one number."""
+
+    partition: int
+    number: int
+    recorded_at: datetime
+    charges: Sequence[Charge]
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Where a partition stands: the number of its last message to the ledger, and the last time it recorded."""
+
+    outbox_number: int
+    recorded_at: datetime
+
+
+def decide_charges(priced: Iterable[tuple[Usage, Rated | NoPrice]], *, open_accounts: Collection[str]) -> Decided:
+    """Charge what has a price and an open account; set the rest aside."""
+    charges, set_aside = [], []
+    for usage, price in priced:
+        if usage.account not in open_accounts:
+            set_aside.append(SetAside(usage=usage, reason="unattributed", key=usage.account))
+            continue
+        match price:
+            case Rated():
+                charges.append(Charge(usage=usage, rated=price))
+            case NoPrice(model=model):
+                set_aside.append(SetAside(usage=usage, reason="unpriced", key=model))
+            case _:
+                assert_never(price)
+    return Decided(charges=charges, set_aside=set_aside)
+
+
+def advance(head: Head, *, now: datetime) -> datetime:
+    """The time a partition records next: never the same twice, never backwards, whatever the clock does."""
+    return max(now, head.recorded_at + _STEP)
+
+
+def bundle(
+    charges: Iterable[Charge], *, heads: Mapping[int, Head], recorded_at: Mapping[int, datetime]
+) -> list[Bundle]:
+    """Charges as bundles: by partition, lines in the order of their use, numbers continuing the partition's head."""
+    by_partition: dict[int, list[Charge]] = {}
+    for charge in charges:
+        by_partition.setdefault(charge.usage.partition, []).append(charge)
+    bundles = []
+    for partition in sorted(by_partition):
+        lines = sorted(by_partition[partition], key=_in_order_of_use)
+        number = heads[partition].outbox_number
+        for start in range(0, len(lines), LINES_MAX):
+            number += 1
+            bundles.append(
+                Bundle(
+                    partition=partition,
+                    number=number,
+                    recorded_at=recorded_at[partition],
+                    charges=lines[start : start + LINES_MAX],
+                )
+            )
+    return bundles
+
+
+def _in_order_of_use(charge: Charge) -> tuple[datetime, str, str]:
+    return (charge.usage.occurred_at, charge.usage.source, charge.usage.event_id)

@@ -1,0 +1,48 @@
+"""Telling new use from repeats and conflicts, whatever the order, batching or redelivery."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from services.metering.domain.usage import Key, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """A report under the key of another one, with another content."""
+
+    usage: Usage
+    first_body_hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A batch sorted out. Every usage of the batch is in exactly one of the three."""
+
+    new: Sequence[Usage]
+    repeats: Sequence[Usage]
+    conflicts: Sequence[Conflict]
+
+
+def first_of_each(usages: Iterable[Usage]) -> list[Usage]:
+    """The first usage of every key, in key order: the order in which keys must be claimed, so that nobody deadlocks."""
+    first: dict[Key, Usage] = {}
+    for usage in usages:
+        first.setdefault(usage.key, usage)
+    return [first[key] for key in sorted(first)]
+
+
+def judge(usages: Sequence[Usage], *, claimed: Mapping[Key, bytes]) -> Judged:
+    """Sort out a batch. `claimed` has the body hash of every key of it that was reported before the batch."""
+    body_hashes = dict(claimed)
+    new, repeats, conflicts = [], [], []
+    for usage in usages:
+        key = usage.key
+        first_body_hash = body_hashes.get(key)
+        if first_body_hash is None:
+            body_hashes[key] = usage.body_hash
+            new.append(usage)
+        elif first_body_hash == usage.body_hash:
+            repeats.append(usage)
+        else:
+            conflicts.append(Conflict(usage=usage, first_body_hash=first_body_hash))
+    return Judged(new=new, repeats=repeats, conflicts=conflicts)

@@ -1,0 +1,326 @@
+"""What happens to use: logged once, charged once. Each handler is one transaction on a whole batch.
+
+An answer is given (a message acknowledged) after the commit only: whoever dies before it is asked again, and finds
+in `seen` what it did. All numbering happens under the lock of the partition's head, which also holds the directory
+still: an account is either found open by the batch that logs its use, or finds that use set aside when it is opened.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from typing import Final, assert_never
+
+from nats.aio.msg import Msg
+
+from contracts.ledger import AccountOpened
+from contracts.partition import partition_of
+from contracts.pricing import Rated
+from contracts.streams import USAGE
+from services.kit.clock import now
+from services.kit.database import Writer
+from services.kit.dead_letters import Letter
+from services.kit.dead_letters import record as record_letters
+from services.kit.outbox import OutboxRow, stage
+from services.metering import store, translate
+from services.metering.domain.charging import (
+    Bundle,
+    Charge,
+    Decided,
+    Head,
+    advance,
+    bundle,
+    decide_charges,
+)
+from services.metering.domain.ingest import Conflict, Judged, first_of_each, judge
+from services.metering.domain.prices import NoPrice, PriceBook
+from services.metering.domain.usage import Key, Usage
+from services.metering.store import COUNTERS, ChargedLine, Connection, Counts
+from services.metering.translate import Priced
+
+# Set-aside use charged in one transaction when its account opens; the rest follows in further ones.
+SET_ASIDE_ROWS_MAX: Final = 5_000
+
+Tally = dict[tuple[int, str], Counts]
+
+
+@dataclass(slots=True)
+class Known:
+    """What a process need not ask the database twice: it only ever becomes true, for all processes."""
+
+    open_accounts: set[str] = field(default_factory=set)
+    months: set[date] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Deliveries, read and priced: everything about them that needs no database."""
+
+    letters: Sequence[Letter]
+    usages: Sequence[Usage]
+    firsts: Sequence[Usage]
+    prices: Mapping[Key, Rated | NoPrice]
+    priced: Mapping[Key, Priced]
+    received_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Ingested:
+    """What a batch came to, and what the ledger is told of it."""
+
+    counts: Counts
+    conflicts: Sequence[Conflict]
+    rows: Sequence[OutboxRow]
+
+
+class Reading:
+    """Reads and prices deliveries, slice by slice. Of repeats only the first is priced."""
+
+    def __init__(self, *, price_book: PriceBook, received_at: datetime) -> None:
+        self._price_book = price_book
+        self._received_at = received_at
+        self._letters: list[Letter] = []
+        self._usages: list[Usage] = []
+        self._prices: dict[Key, Rated | NoPrice] = {}
+        self._priced: dict[Key, Priced] = {}
+
+    def add(self, messages: Iterable[Msg]) -> None:
+        """Read a slice."""
+        for message in messages:
+            match translate.read_delivery(message, received_at=self._received_at):
+                case Usage() as usage:
+                    self._usages.append(usage)
+                    if usage.key not in self._prices:
+                        self._price(usage)
+                case Letter() as letter:
+                    self._letters.append(letter)
+                case never:
+                    assert_never(never)
+
+    def batch(self) -> Batch:
+        """All that was read."""
+        return Batch(
+            letters=self._letters,
+            usages=self._usages,
+            firsts=first_of_each(self._usages),
+            prices=self._prices,
+            priced=self._priced,
+            received_at=self._received_at,
+        )
+
+    def _price(self, usage: Usage) -> None:
+        price = self._prices[usage.key] = self._price_book.price(usage)
+        if isinstance(price, Rated):
+            self._priced[usage.key] = translate.priced(usage, price, units=self._price_book.units)
+
+
+async def ingest(batch: Batch, *, writer: Writer, known: Known) -> Ingested:
+    """Log what is new, charge it, and put aside what is dead, conflicting, unattributed or unpriced.
+
+    Refuses nothing. A batch that fails has had no effect, unless its commit was cut off: then repeating it has none.
+    """
+    await _ensure_months(batch.usages, writer=writer, known=known)
+    tally: Tally = {}
+    rows: list[OutboxRow] = []
+    async with writer.transaction() as connection:
+        claimed = await store.claim(connection, batch.firsts) if batch.firsts else {}
+        judged = judge(batch.usages, claimed=claimed)
+        if judged.new:
+            rows = await _log_and_charge(connection, batch, judged.new, known=known, tally=tally)
+        new_conflicts = await store.add_conflicts(connection, judged.conflicts, received_at=batch.received_at)
+        await _record_letters(connection, batch.letters, tally)
+        _tally_judged(judged, new_conflicts, tally)
+        await store.count(connection, tally)
+    return Ingested(counts=_total(tally), conflicts=new_conflicts, rows=rows)
+
+
+async def put_aside(letters: Sequence[Letter], *, writer: Writer) -> None:
+    """Record dead letters, each once."""
+    tally: Tally = {}
+    async with writer.transaction() as connection:
+        await _record_letters(connection, letters, tally)
+        await store.count(connection, tally)
+
+
+async def open_account(fact: AccountOpened, *, writer: Writer, price_book: PriceBook) -> Sequence[OutboxRow]:
+    """Let an account's use be charged from now on, and charge what was set aside for it. Repeats do nothing.
+
+    Dying between two of its transactions leaves the rest to the repeat.
+    """
+    partition = partition_of(fact.account)
+    rows: list[OutboxRow] = []
+    while True:
+        async with writer.transaction() as connection:
+            heads = await store.lock_heads(connection, [partition])
+            await store.add_to_directory(
+                connection, partition=partition, account=fact.account, opened_at=fact.recorded_at
+            )
+            taken, staged = await _charge_set_aside(
+                connection, heads=heads, partition=partition, account=fact.account, price_book=price_book
+            )
+        rows.extend(staged)
+        if taken < SET_ASIDE_ROWS_MAX:
+            return rows
+
+
+async def _log_and_charge(
+    connection: Connection, batch: Batch, new: Sequence[Usage], *, known: Known, tally: Tally
+) -> list[OutboxRow]:
+    heads = await store.lock_heads(connection, {usage.partition for usage in new})
+    unknown = {(usage.partition, usage.account) for usage in new if usage.account not in known.open_accounts}
+    if unknown:
+        # After the heads are locked: from here on nobody opens an account of these partitions.
+        known.open_accounts |= await store.find_open(connection, unknown)
+    decided = decide_charges(((usage, batch.prices[usage.key]) for usage in new), open_accounts=known.open_accounts)
+    recorded_at = _recording_times(heads)
+    lines, rows = await _stage(connection, decided.charges, heads=heads, recorded_at=recorded_at, priced=batch.priced)
+    charged = {line.usage.key: line for line in lines}
+    await store.log_usage(connection, new, recorded_at=recorded_at, charged=charged)
+    await store.set_aside(connection, decided.set_aside, recorded_at=recorded_at)
+    _tally_new(new, decided, tally)
+    return rows
+
+
+async def _charge_set_aside(
+    connection: Connection, *, heads: Mapping[int, Head], partition: int, account: str, price_book: PriceBook
+) -> tuple[int, list[OutboxRow]]:
+    """Charge what waited for `account` and has a price; how much was taken, and what the ledger is told."""
+    found = await store.find_set_aside(
+        connection, partition=partition, reason="unattributed", key=account, limit=SET_ASIDE_ROWS_MAX
+    )
+    if not found:
+        return 0, []
+    usages = [
+        translate.logged_usage(
+            partition=row.partition,
+            source=row.source,
+            event_id=row.event_id,
+            account=row.account,
+            type=row.type,
+            occurred_at=row.occurred_at,
+            data=row.data,
+        )
+        for row in found
+    ]
+    decided = decide_charges(((usage, price_book.price(usage)) for usage in usages), open_accounts={account})
+    priced = {
+        charge.usage.key: translate.priced(charge.usage, charge.rated, units=price_book.units)
+        for charge in decided.charges
+    }
+    recorded_at = _recording_times(heads)
+    lines, rows = await _stage(connection, decided.charges, heads=heads, recorded_at=recorded_at, priced=priced)
+    await store.log_charges(connection, lines)
+    await store.wait_for_price(connection, decided.set_aside)
+    tally: Tally = {}
+    for charge in decided.charges:
+        counts = _counts(tally, charge.usage)
+        counts.unattributed -= 1
+        counts.charged += 1
+    for each in decided.set_aside:
+        counts = _counts(tally, each.usage)
+        counts.unattributed -= 1
+        counts.unpriced += 1
+    await store.count(connection, tally)
+    return len(found), rows
+
+
+async def _stage(
+    connection: Connection,
+    charges: Sequence[Charge],
+    *,
+    heads: Mapping[int, Head],
+    recorded_at: Mapping[int, datetime],
+    priced: Mapping[Key, Priced],
+) -> tuple[list[ChargedLine], list[OutboxRow]]:
+    """Bundle charges under the next numbers of their partitions, and move the heads there."""
+    bundles = bundle(charges, heads=heads, recorded_at=recorded_at)
+    rows = [translate.outbox_row(each, (priced[charge.usage.key].line for charge in each.charges)) for each in bundles]
+    await stage(connection, rows)
+    numbers = {row.partition: row.number for row in rows}
+    await store.move_heads(
+        connection,
+        {
+            partition: Head(
+                outbox_number=numbers.get(partition, head.outbox_number), recorded_at=recorded_at[partition]
+            )
+            for partition, head in heads.items()
+        },
+    )
+    return [line for each in bundles for line in _lines(each, priced)], rows
+
+
+def _lines(of: Bundle, priced: Mapping[Key, Priced]) -> Iterable[ChargedLine]:
+    for number, charge in enumerate(of.charges, start=1):
+        as_json = priced[charge.usage.key]
+        yield ChargedLine(
+            usage=charge.usage,
+            price_version=charge.rated.price_version,
+            line_items=as_json.items,
+            amounts=as_json.amounts,
+            bundle_number=of.number,
+            line_number=number,
+        )
+
+
+def _recording_times(heads: Mapping[int, Head]) -> dict[int, datetime]:
+    present = now()
+    return {partition: advance(head, now=present) for partition, head in heads.items()}
+
+
+async def _ensure_months(usages: Iterable[Usage], *, writer: Writer, known: Known) -> None:
+    """Have the log's tables for the batch made, before and apart from its transaction: making one locks the log."""
+    months = {usage.occurred_at.date().replace(day=1) for usage in usages} - known.months
+    wanted = {month for month in months if month >= store.FIRST_MONTH}
+    if wanted:
+        async with writer.transaction() as connection:
+            await store.ensure_months(connection, wanted)
+    known.months |= months
+
+
+async def _record_letters(connection: Connection, letters: Sequence[Letter], tally: Tally) -> None:
+    """Record letters. One that was recorded before (a redelivery) does not count again."""
+    await record_letters(connection, [letter for letter in letters if letter.stream != USAGE])
+    by_reporter: dict[tuple[int, str], list[Letter]] = {}
+    for letter in letters:
+        if letter.stream == USAGE:
+            key = (letter.partition or 0, translate.reporter_of(letter.subject))
+            by_reporter.setdefault(key, []).append(letter)
+    for key, of_reporter in sorted(by_reporter.items()):
+        recorded = await record_letters(connection, of_reporter)
+        tally.setdefault(key, Counts()).dead += recorded
+
+
+def _tally_new(new: Iterable[Usage], decided: Decided, tally: Tally) -> None:
+    for usage in new:
+        _counts(tally, usage).new += 1
+    for charge in decided.charges:
+        _counts(tally, charge.usage).charged += 1
+    for each in decided.set_aside:
+        counts = _counts(tally, each.usage)
+        match each.reason:
+            case "unattributed":
+                counts.unattributed += 1
+            case "unpriced":
+                counts.unpriced += 1
+            case _:
+                assert_never(each.reason)
+
+
+def _tally_judged(judged: Judged, new_conflicts: Sequence[Conflict], tally: Tally) -> None:
+    """A conflict counts once; the same content once more is a repeat of it."""
+    for usage in judged.repeats:
+        _counts(tally, usage).duplicate += 1
+    for conflict in judged.conflicts:
+        _counts(tally, conflict.usage).duplicate += 1
+    for conflict in new_conflicts:
+        counts = _counts(tally, conflict.usage)
+        counts.conflicting += 1
+        counts.duplicate -= 1
+
+
+def _counts(tally: Tally, usage: Usage) -> Counts:
+    return tally.setdefault((usage.partition, usage.source), Counts())
+
+
+def _total(tally: Tally) -> Counts:
+    """The sums over partitions and sources."""
+    return Counts(*(sum(getattr(counts, name) for counts in tally.values()) for name in COUNTERS))

@@ -1,0 +1,366 @@
+"""The statements of metering, each on a whole batch. Takes a connection, and never commits.
+
+Locks are taken in one order by everybody, so that nobody deadlocks: keys of `seen` in key order, then heads in the
+order of partitions, then the rest, each in key order.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import date, datetime
+from typing import Final, NamedTuple
+
+from psycopg import AsyncConnection
+from psycopg.rows import TupleRow, class_row
+
+from services.metering.domain.charging import Head, Reason, SetAside
+from services.metering.domain.ingest import Conflict
+from services.metering.domain.usage import Key, Usage
+
+Connection = AsyncConnection[TupleRow]
+
+# Use before this is logged in the table of what no month takes.
+FIRST_MONTH: Final = date(2020, 1, 1)
+
+
+@dataclass(slots=True)
+class Counts:
+    """What became of a source's events in one partition. As a change, `unattributed` and `unpriced` may be negative."""
+
+    new: int = 0
+    duplicate: int = 0
+    conflicting: int = 0
+    dead: int = 0
+    unattributed: int = 0
+    unpriced: int = 0
+    charged: int = 0
+
+
+class ChargedLine(NamedTuple):
+    """What the log keeps of a charge. `line_items` and `amounts` are JSON."""
+
+    usage: Usage
+    price_version: str
+    line_items: str
+    amounts: str
+    bundle_number: int
+    line_number: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedUsage:
+    """The columns of a log row that pricing needs; `data` is JSON."""
+
+    partition: int
+    source: str
+    event_id: str
+    account: str
+    type: str
+    occurred_at: datetime
+    data: str
+
+
+_NOT_CHARGED: Final = (None, None, None, None, None)
+COUNTERS: Final = tuple(field.name for field in fields(Counts))
+
+
+# Ingest ---------------------------------------------------------------------------------------------------------------
+
+
+async def claim(connection: Connection, firsts: Sequence[Usage]) -> dict[Key, bytes]:
+    """Claim the keys of usages that are sorted by key; of those claimed before, the body hash.
+
+    Waits for another transaction that is claiming one of them.
+    """
+    await connection.execute(
+        """
+        CREATE TEMPORARY TABLE IF NOT EXISTS claims (
+            partition smallint, source text, event_id text, body_hash bytea, occurred_at timestamptz
+        ) ON COMMIT DELETE ROWS
+        """
+    )
+    async with (
+        connection.cursor() as cursor,
+        cursor.copy("COPY pg_temp.claims (partition, source, event_id, body_hash, occurred_at) FROM STDIN") as copy,
+    ):
+        for usage in firsts:
+            await copy.write_row((usage.partition, usage.source, usage.event_id, usage.body_hash, usage.occurred_at))
+    cursor = await connection.execute(
+        """
+        WITH claimed AS (
+            INSERT INTO seen (partition, source, event_id, body_hash, occurred_at)
+            SELECT partition, source, event_id, body_hash, occurred_at FROM pg_temp.claims
+            ORDER BY partition, source, event_id
+            ON CONFLICT DO NOTHING
+            RETURNING partition, source, event_id
+        )
+        SELECT partition, source, event_id FROM pg_temp.claims EXCEPT SELECT partition, source, event_id FROM claimed
+        """
+    )
+    known = await cursor.fetchall()
+    if not known:
+        return {}
+    # Only now: a key whose claim was waited for is not visible to the statement that waited.
+    cursor = await connection.execute(
+        """
+        SELECT partition, source, event_id, body_hash FROM seen
+        JOIN unnest(%s::smallint[], %s::text[], %s::text[]) AS known (partition, source, event_id)
+             USING (partition, source, event_id)
+        """,
+        [list(column) for column in zip(*known, strict=True)],
+    )
+    return {
+        (partition, source, event_id): body_hash for partition, source, event_id, body_hash in await cursor.fetchall()
+    }
+
+
+async def lock_heads(connection: Connection, partitions: Collection[int]) -> dict[int, Head]:
+    """Lock partitions until the end of the transaction, in order."""
+    cursor = await connection.execute(
+        """
+        SELECT partition, outbox_number, recorded_at FROM heads
+        WHERE partition = ANY(%s) ORDER BY partition FOR NO KEY UPDATE
+        """,
+        [list(partitions)],
+    )
+    return {
+        partition: Head(outbox_number=number, recorded_at=recorded_at)
+        for partition, number, recorded_at in await cursor.fetchall()
+    }
+
+
+async def move_heads(connection: Connection, heads: Mapping[int, Head]) -> None:
+    """Write where locked partitions stand now."""
+    await connection.execute(
+        """
+        UPDATE heads SET outbox_number = moved.outbox_number, recorded_at = moved.recorded_at
+        FROM unnest(%s::smallint[], %s::bigint[], %s::timestamptz[]) AS moved (partition, outbox_number, recorded_at)
+        WHERE heads.partition = moved.partition
+        """,
+        [
+            list(heads),
+            [head.outbox_number for head in heads.values()],
+            [head.recorded_at for head in heads.values()],
+        ],
+    )
+
+
+async def find_open(connection: Connection, accounts: Collection[tuple[int, str]]) -> set[str]:
+    """Which of the accounts (with their partitions) are open. For good: an account is never closed."""
+    cursor = await connection.execute(
+        """
+        SELECT account FROM directory
+        JOIN unnest(%s::smallint[], %s::text[]) AS asked (partition, account) USING (partition, account)
+        """,
+        [[partition for partition, _ in accounts], [account for _, account in accounts]],
+    )
+    return {account for (account,) in await cursor.fetchall()}
+
+
+async def log_usage(
+    connection: Connection,
+    usages: Iterable[Usage],
+    *,
+    recorded_at: Mapping[int, datetime],
+    charged: Mapping[Key, ChargedLine],
+) -> None:
+    """Add usages to the log, with their charge where they have one."""
+    async with (
+        connection.cursor() as cursor,
+        cursor.copy(
+            """
+            COPY usage_log (partition, occurred_at, source, event_id, account, type, recorded_at, data, context,
+                            price_version, line_items, amounts, bundle_number, line_number) FROM STDIN
+            """
+        ) as copy,
+    ):
+        for usage in usages:
+            line = charged.get(usage.key)
+            await copy.write_row(
+                (
+                    usage.partition,
+                    usage.occurred_at,
+                    usage.source,
+                    usage.event_id,
+                    usage.account,
+                    usage.type,
+                    recorded_at[usage.partition],
+                    usage.data,
+                    usage.context,
+                    *(line[1:] if line else _NOT_CHARGED),
+                )
+            )
+
+
+async def set_aside(connection: Connection, found: Sequence[SetAside], *, recorded_at: Mapping[int, datetime]) -> None:
+    """Note what use waits for."""
+    if not found:
+        return
+    rows = sorted(found, key=lambda each: each.usage.key)
+    await connection.execute(
+        """
+        INSERT INTO set_aside (partition, source, event_id, account, occurred_at, reason, key, recorded_at)
+        SELECT * FROM unnest(%s::smallint[], %s::text[], %s::text[], %s::text[], %s::timestamptz[], %s::text[],
+                             %s::text[], %s::timestamptz[])
+        """,
+        [
+            [each.usage.partition for each in rows],
+            [each.usage.source for each in rows],
+            [each.usage.event_id for each in rows],
+            [each.usage.account for each in rows],
+            [each.usage.occurred_at for each in rows],
+            [each.reason for each in rows],
+            [each.key for each in rows],
+            [recorded_at[each.usage.partition] for each in rows],
+        ],
+    )
+
+
+async def add_conflicts(
+    connection: Connection, conflicts: Sequence[Conflict], *, received_at: datetime
+) -> list[Conflict]:
+    """Keep conflicting reports apart, each content once, and count how often it came; those that are new."""
+    if not conflicts:
+        return []
+    times: dict[tuple[Key, bytes], int] = {}
+    first: dict[tuple[Key, bytes], Conflict] = {}
+    for conflict in conflicts:
+        key = (conflict.usage.key, conflict.usage.body_hash)
+        times[key] = times.get(key, 0) + 1
+        first.setdefault(key, conflict)
+    rows = [first[key] for key in sorted(first)]
+    cursor = await connection.execute(
+        """
+        INSERT INTO conflicts AS c (partition, source, event_id, body_hash, first_body_hash, account, body,
+                                    received_at, times)
+        SELECT partition, source, event_id, body_hash, first_body_hash, account, body, %s, times
+        FROM unnest(%s::smallint[], %s::text[], %s::text[], %s::bytea[], %s::bytea[], %s::text[], %s::bytea[],
+                    %s::bigint[])
+             AS found (partition, source, event_id, body_hash, first_body_hash, account, body, times)
+        ORDER BY partition, source, event_id, body_hash
+        ON CONFLICT (partition, source, event_id, body_hash) DO UPDATE SET times = c.times + excluded.times
+        RETURNING c.partition, c.source, c.event_id, c.body_hash, c.times
+        """,
+        [
+            received_at,
+            [each.usage.partition for each in rows],
+            [each.usage.source for each in rows],
+            [each.usage.event_id for each in rows],
+            [each.usage.body_hash for each in rows],
+            [each.first_body_hash for each in rows],
+            [each.usage.account for each in rows],
+            [each.usage.body for each in rows],
+            [times[each.usage.key, each.usage.body_hash] for each in rows],
+        ],
+    )
+    new = {
+        ((partition, source, event_id), body_hash)
+        for partition, source, event_id, body_hash, count in await cursor.fetchall()
+        if count == times[(partition, source, event_id), body_hash]
+    }
+    return [first[key] for key in sorted(new)]
+
+
+async def count(connection: Connection, changes: Mapping[tuple[int, str], Counts]) -> None:
+    """Add to the counters of (partition, source)."""
+    if not changes:
+        return
+    keys = sorted(changes)
+    columns = [[getattr(changes[key], name) for key in keys] for name in COUNTERS]
+    additions = ", ".join(f"{name} = c.{name} + excluded.{name}" for name in COUNTERS)
+    await connection.execute(
+        f"""
+        INSERT INTO ingest_counters AS c (partition, source, {", ".join(COUNTERS)})
+        SELECT * FROM unnest(%s::smallint[], %s::text[]{", %s::bigint[]" * len(COUNTERS)})
+        ON CONFLICT (partition, source) DO UPDATE SET {additions}
+        """,
+        [[partition for partition, _ in keys], [source for _, source in keys], *columns],
+    )
+
+
+async def ensure_months(connection: Connection, months: Iterable[date]) -> None:
+    """Make the log's tables for months, from FIRST_MONTH on. In a transaction of its own: it locks the log briefly."""
+    for month in sorted(months):
+        await connection.execute("SELECT ensure_usage_month(%s)", [month])
+
+
+# Accounts -------------------------------------------------------------------------------------------------------------
+
+
+async def add_to_directory(connection: Connection, *, partition: int, account: str, opened_at: datetime) -> None:
+    """Note that an account is open."""
+    await connection.execute(
+        "INSERT INTO directory (partition, account, opened_at) VALUES (%s, %s, %s) ON CONFLICT DO NOTHING",
+        [partition, account, opened_at],
+    )
+
+
+async def find_set_aside(
+    connection: Connection, *, partition: int, reason: Reason, key: str, limit: int
+) -> list[LoggedUsage]:
+    """Use that waits for `key`. The caller holds the partition's head."""
+    async with connection.cursor(row_factory=class_row(LoggedUsage)) as cursor:
+        await cursor.execute(
+            """
+            SELECT l.partition, l.source, l.event_id, l.account, l.type, l.occurred_at, l.data::text AS data
+            FROM (SELECT partition, source, event_id, occurred_at FROM set_aside
+                  WHERE partition = %(partition)s AND reason = %(reason)s AND key = %(key)s LIMIT %(limit)s) AS waiting
+            JOIN usage_log AS l USING (partition, occurred_at, source, event_id)
+            """,
+            {"partition": partition, "reason": reason, "key": key, "limit": limit},
+        )
+        return await cursor.fetchall()
+
+
+async def log_charges(connection: Connection, lines: Sequence[ChargedLine]) -> None:
+    """Enter charges into the log and let their use wait no longer."""
+    if not lines:
+        return
+    usages = [line.usage for line in lines]
+    keys = [
+        [usage.partition for usage in usages],
+        [usage.source for usage in usages],
+        [usage.event_id for usage in usages],
+    ]
+    await connection.execute(
+        """
+        UPDATE usage_log AS l
+        SET price_version = c.price_version, line_items = c.line_items::jsonb, amounts = c.amounts::jsonb,
+            bundle_number = c.bundle_number, line_number = c.line_number
+        FROM unnest(%s::smallint[], %s::text[], %s::text[], %s::timestamptz[], %s::text[], %s::text[], %s::text[],
+                    %s::bigint[], %s::integer[])
+             AS c (partition, source, event_id, occurred_at, price_version, line_items, amounts,
+                   bundle_number, line_number)
+        WHERE (l.partition, l.occurred_at, l.source, l.event_id) = (c.partition, c.occurred_at, c.source, c.event_id)
+        """,
+        [
+            *keys,
+            [usage.occurred_at for usage in usages],
+            *(list(column) for column in zip(*(line[1:] for line in lines), strict=True)),
+        ],
+    )
+    await connection.execute(
+        """
+        DELETE FROM set_aside USING unnest(%s::smallint[], %s::text[], %s::text[]) AS c (partition, source, event_id)
+        WHERE (set_aside.partition, set_aside.source, set_aside.event_id) = (c.partition, c.source, c.event_id)
+        """,
+        keys,
+    )
+
+
+async def wait_for_price(connection: Connection, found: Sequence[SetAside]) -> None:
+    """Let use that waited for its account wait for its price."""
+    if not found:
+        return
+    await connection.execute(
+        """
+        UPDATE set_aside SET reason = 'unpriced', key = c.key
+        FROM unnest(%s::smallint[], %s::text[], %s::text[], %s::text[]) AS c (partition, source, event_id, key)
+        WHERE (set_aside.partition, set_aside.source, set_aside.event_id) = (c.partition, c.source, c.event_id)
+        """,
+        [
+            [each.usage.partition for each in found],
+            [each.usage.source for each in found],
+            [each.usage.event_id for each in found],
+            [each.key for each in found],
+        ],
+    )

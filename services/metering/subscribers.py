@@ -1,0 +1,215 @@
+"""Messages in: usage in batches, read and priced while the batch before commits; the ledger's facts one by one."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Final, TypeVar
+
+import psycopg
+from faststream.nats import NatsBroker
+from nats.aio.msg import Msg
+from prometheus_client import Counter, Gauge, Histogram
+from psycopg_pool import PoolTimeout
+
+from contracts.envelope import Problem
+from contracts.streams import CONSUMERS, METERING_DIRECTORY_CONSUMER
+from services.kit.broker import pull_subscriber
+from services.kit.clock import now
+from services.kit.database import Writer
+from services.kit.outbox import OutboxRow
+from services.kit.reader import PullReader
+from services.kit.redelivery import place_of, retry_delay_seconds
+from services.kit.settings import ServiceSettings
+from services.kit.telemetry import FAULTS, REGISTRY, get_logger
+from services.metering import handlers, translate
+from services.metering.domain.prices import PriceBook
+from services.metering.handlers import Batch, Ingested, Known, Reading
+
+log = get_logger(__name__)
+
+Result = TypeVar("Result")
+
+EVENTS: Final = Counter(
+    "scrip_metering_events",
+    "Events by what became of them: new, duplicate, conflicting, dead; the new: charged, unattributed, unpriced.",
+    ("outcome",),
+    registry=REGISTRY,
+)
+CONFLICTS: Final = Counter(
+    "scrip_metering_conflicts", "Event ids used again for other content: each is an alarm.", registry=REGISTRY
+)
+BATCH_EVENTS: Final = Histogram(
+    "scrip_metering_batch_events",
+    "Deliveries per transaction.",
+    buckets=(1, 10, 30, 100, 300, 1000, 2000, 3000, 5000),
+    registry=REGISTRY,
+)
+LAG_SECONDS: Final = Gauge(
+    "scrip_metering_lag_seconds", "From stream to log, of the first event of the last batch.", registry=REGISTRY
+)
+
+RETRY_SECONDS_MIN: Final = 0.1
+RETRY_SECONDS_MAX: Final = 5.0
+# Below half of ack_wait, so that a batch that waits for its database is not delivered again meanwhile.
+ATTEMPT_SECONDS_MAX: Final = 10.0
+BATCH_BYTES_MAX: Final = 16 << 20
+READ_SLICE: Final = 500
+
+# Not the fault of any event: the same batch is tried again.
+_DATABASE_AWAY: Final = (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout, TimeoutError, OSError)
+# An event that Postgres cannot store is as good as unreadable.
+_UNSTORABLE: Final = (psycopg.DataError, psycopg.errors.ProgramLimitExceeded, UnicodeError)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    messages: Sequence[Msg]
+    batch: Batch
+
+
+class UsageSubscriber:
+    """Reads the usage stream for one process. Any number of processes may do so at once."""
+
+    def __init__(
+        self,
+        *,
+        reader: PullReader,
+        durable: str,
+        writer: Writer,
+        price_book: PriceBook,
+        known: Known,
+        notify: Callable[[Sequence[OutboxRow]], None],
+    ) -> None:
+        """`writer` is the subscriber's own. `notify` is told what has been committed to the outbox."""
+        self._reader = reader
+        self._durable = durable
+        self._writer = writer
+        self._price_book = price_book
+        self._known = known
+        self._notify = notify
+        self._read: asyncio.Queue[_Work | None] = asyncio.Queue(maxsize=1)
+        self._stopping = False
+
+    async def run(self) -> None:
+        """Ingest until `stop`; then finish what has been read, and give back the rest."""
+        await self._reader.add(self._durable)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._read_all())
+                tasks.create_task(self._ingest_all())
+        finally:
+            await self._reader.close()
+
+    def stop(self) -> None:
+        """Let `run` return soon."""
+        self._stopping = True
+
+    async def _read_all(self) -> None:
+        while not self._stopping:
+            messages = await self._reader.next_batch(bytes_max=BATCH_BYTES_MAX, timeout_seconds=0.5)
+            if messages:
+                await self._read.put(_Work(messages=messages, batch=await self._read_batch(messages)))
+        await self._read.put(None)
+
+    async def _read_batch(self, messages: Sequence[Msg]) -> Batch:
+        reading = Reading(price_book=self._price_book, received_at=now())
+        for start in range(0, len(messages), READ_SLICE):
+            reading.add(messages[start : start + READ_SLICE])
+            # Others have their turn: readiness, HTTP, the commit of the batch before.
+            await asyncio.sleep(0)
+        return reading.batch()
+
+    async def _ingest_all(self) -> None:
+        while (work := await self._read.get()) is not None:
+            await self._ingest(work.messages, work.batch)
+
+    async def _ingest(self, messages: Sequence[Msg], batch: Batch) -> None:
+        """Ingest a batch. What the database cannot take is found by halving, and put aside alone."""
+        try:
+            ingested = await self._with_retries(messages, lambda: self._attempt(batch))
+        except Exception as error:
+            if len(messages) == 1:
+                await self._put_aside(messages[0], error)
+                return
+            FAULTS.labels(place="metering.ingest").inc()
+            log.error("batch failed, trying its halves", messages=len(messages), exc_info=error)
+            middle = len(messages) // 2
+            for half in (messages[:middle], messages[middle:]):
+                await self._ingest(half, await self._read_batch(half))
+            return
+        self._notify(ingested.rows)
+        await self._reader.ack(messages)
+        self._report(messages, ingested)
+
+    async def _attempt(self, batch: Batch) -> Ingested:
+        async with asyncio.timeout(ATTEMPT_SECONDS_MAX):
+            return await handlers.ingest(batch, writer=self._writer, known=self._known)
+
+    async def _put_aside(self, message: Msg, error: Exception) -> None:
+        """One message that fails alone: dead if it can never be stored, else for another time."""
+        if isinstance(error, _UNSTORABLE):
+            problem = Problem("", f"cannot be stored: {str(error).splitlines()[0]}")
+            letter = translate.dead(message, [problem])
+            await self._with_retries([message], lambda: handlers.put_aside([letter], writer=self._writer))
+            await self._reader.ack([message])
+            log.warning("event dead-lettered", subject=message.subject, reason=letter.reason)
+            return
+        place = place_of(message)
+        delay = retry_delay_seconds(place.deliveries)
+        FAULTS.labels(place="metering.event").inc()
+        log.error(
+            "event failed alone, it will be delivered again",
+            subject=message.subject,
+            sequence=place.stream_sequence,
+            delay_seconds=delay,
+            exc_info=error,
+        )
+        await self._reader.nak([message], delay_seconds=delay)
+
+    async def _with_retries(self, messages: Sequence[Msg], attempt: Callable[[], Awaitable[Result]]) -> Result:
+        delay = RETRY_SECONDS_MIN
+        while True:
+            try:
+                return await attempt()
+            except _DATABASE_AWAY as error:
+                FAULTS.labels(place="metering.database").inc()
+                log.error("batch not committed", messages=len(messages), retry_seconds=delay, error=repr(error))
+            # Not acknowledged, and not for others either: they would meet the same database.
+            await self._reader.in_progress(messages)
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, RETRY_SECONDS_MAX)
+
+    def _report(self, messages: Sequence[Msg], ingested: Ingested) -> None:
+        counts = ingested.counts
+        BATCH_EVENTS.observe(len(messages))
+        for outcome, events in asdict(counts).items():
+            EVENTS.labels(outcome=outcome).inc(events)
+        LAG_SECONDS.set(max(0, (now() - translate.stored_at(messages[0])).total_seconds()))
+        if counts.dead:
+            log.warning("events dead-lettered", events=counts.dead)
+        for conflict in ingested.conflicts:
+            CONFLICTS.inc()
+            log.error(
+                "conflict: an event id was used again for other content",
+                partition=conflict.usage.partition,
+                source=conflict.usage.source,
+                event_id=conflict.usage.event_id,
+                account=conflict.usage.account,
+            )
+
+
+def subscribe_directory(
+    broker: NatsBroker,
+    settings: ServiceSettings,
+    *,
+    writer: Writer,
+    price_book: PriceBook,
+    notify: Callable[[Sequence[OutboxRow]], None],
+) -> None:
+    """Have `broker` tell metering of every account that is opened."""
+    consumer = next(each for each in CONSUMERS if each.durable == METERING_DIRECTORY_CONSUMER)
+
+    @pull_subscriber(broker, settings, consumer=consumer)
+    async def account_opened(body: bytes) -> None:
+        fact = translate.read_account_opened(body)
+        notify(await handlers.open_account(fact, writer=writer, price_book=price_book))

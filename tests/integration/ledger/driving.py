@@ -1,0 +1,143 @@
+"""What tests do to the ledger: run it, command it, hand it charges, and look at what came of it."""
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import httpx2
+from nats.aio.client import Client
+from psycopg import AsyncConnection
+from psycopg.rows import TupleRow
+
+from contracts import ledger as words
+from contracts.metering import ChargesRated
+from contracts.partition import partition_of
+from contracts.streams import CHARGES, charges_rated_subject, ledger_command_subject
+from services.kit.publish import Message, publish, publish_batch
+from services.ledger.app import build
+from services.ledger.settings import LedgerSettings
+
+WAIT_SECONDS_MAX: Final = 15.0
+
+# Leases and members are about processes, not about what was decided; relayed follows on its own.
+RECORD_AND_PROJECTIONS: Final = (
+    "heads",
+    "journal",
+    "commands",
+    "bundles",
+    "charge_lines",
+    "accounts",
+    "wallets",
+    "lots",
+    "holds",
+    "hold_lots",
+    "outbox",
+    "dead_letters",
+)
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """The world around the ledger."""
+
+    settings: LedgerSettings
+    metering_nats: Client
+    ledger_nats: Client
+    superuser: AsyncConnection[TupleRow]
+    tokens: Mapping[str, str]
+    keys: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[httpx2.AsyncClient]:
+        """A ledger runs in this process, and owns all partitions; its HTTP API."""
+        app = build(self.settings)
+        transport = httpx2.ASGITransport(app=app)
+        headers = {"Authorization": f"Bearer {self.tokens['operator']}"}
+        async with (
+            app.router.lifespan_context(app),
+            httpx2.AsyncClient(transport=transport, base_url="http://ledger", headers=headers, timeout=20) as client,
+        ):
+            yield client
+
+    async def command(self, command: words.Command, *, principal: str = "tester") -> words.Reply:
+        """Ask by request/reply, as a service would, again while there is no owner."""
+        account = command.line.account if isinstance(command, words.Charge) else command.account
+        subject = ledger_command_subject(partition=partition_of(account), command=command.command, principal=principal)
+        return await self.request(subject, command.model_dump_json().encode())
+
+    async def request(self, subject: str, body: bytes) -> words.Reply:
+        """Ask with any body."""
+        deadline = time.monotonic() + WAIT_SECONDS_MAX
+        while True:
+            try:
+                message = await self.ledger_nats.request(subject, body, timeout=5)
+                reply = words.REPLIES.validate_json(message.data)
+            except Exception:
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                if not (isinstance(reply, words.Failed) and reply.code == "unavailable"):
+                    return reply
+            await asyncio.sleep(0.05)
+
+    async def accepted(self, command: words.Command, *, principal: str = "tester") -> words.Accepted:
+        """Ask for what must be accepted."""
+        reply = await self.command(command, principal=principal)
+        assert isinstance(reply, words.Accepted), reply
+        return reply
+
+    async def refused(self, command: words.Command) -> words.Refused:
+        """Ask for what must be refused."""
+        reply = await self.command(command)
+        assert isinstance(reply, words.Refused), reply
+        return reply
+
+    def key(self) -> str:
+        """A new idempotency key."""
+        return f"key-{next(self.keys)}"
+
+    async def funded(self, account: str, amount: str, *, unit: str = "usd") -> None:
+        """Open an account with a wallet, and grant."""
+        wallets = (words.WalletSpec(unit=unit),)
+        await self.accepted(words.OpenAccount(idempotency_key=self.key(), account=account, wallets=wallets))
+        await self.accepted(words.Grant(idempotency_key=self.key(), account=account, unit=unit, amount=amount))
+
+    async def publish(self, *bundles: ChargesRated) -> None:
+        """Publish bundles as metering does, but without message ids: the server's window must not help."""
+        await self.publish_raw(
+            *((charges_rated_subject(bundle.partition), bundle.model_dump_json().encode()) for bundle in bundles)
+        )
+
+    async def publish_raw(self, *messages: tuple[str, bytes]) -> None:
+        """Publish whatever it is."""
+        if len(messages) == 1:
+            await publish(self.metering_nats, stream=CHARGES, message=Message(*messages[0], None))
+        else:
+            await publish_batch(
+                self.metering_nats, stream=CHARGES, messages=[Message(*message, None) for message in messages]
+            )
+
+    async def rows(self, statement: str, *parameters: object) -> list[TupleRow]:
+        """What a query answers."""
+        cursor = await self.superuser.execute(statement, parameters)
+        return await cursor.fetchall()
+
+    async def until(self, statement: str, wanted: object, *parameters: object) -> None:
+        """Wait until a query answers one row with `wanted`."""
+        deadline = time.monotonic() + WAIT_SECONDS_MAX
+        while (found := (await self.rows(statement, *parameters))[0][0]) != wanted:
+            assert time.monotonic() < deadline, f"{statement}: {found!r}, not {wanted!r}"
+            await asyncio.sleep(0.02)
+
+    async def dump(self) -> dict[str, list[str]]:
+        """Every row of every table, as text."""
+        return {
+            table: [str(row[0]) for row in await self.rows(f"SELECT t::text FROM {table} t ORDER BY 1")]
+            for table in RECORD_AND_PROJECTIONS
+        }

@@ -1,0 +1,221 @@
+"""Laws of commands through the running service: accepted once, refused without a trace, forwarded to the owner."""
+
+import asyncio
+from typing import Any
+
+import httpx2
+import pytest
+
+from contracts import ledger as words
+from contracts.money import Amount
+from contracts.partition import partition_of
+from services.kit.ids import new_hold_id
+from tests.builders import charge_line, grant, hold_leg, open_account, place_hold, release_hold
+from tests.integration.ledger.driving import Driver
+
+pytestmark = pytest.mark.anyio
+
+
+async def wallet(http: httpx2.AsyncClient, account: str) -> dict[str, str]:
+    """posted, held, available and debt of the account's only wallet."""
+    found = (await http.get(f"/v1/balances/{account}")).json()
+    (only,) = found["wallets"]
+    return {name: only[name] for name in ("posted", "held", "available", "debt")}
+
+
+async def test_a_path_is_opened_from_its_root_and_told_once(driver: Driver) -> None:
+    async with driver.running() as http:
+        await driver.accepted(open_account("acme/ml/ana", "usd", key="1"))
+        await driver.accepted(open_account("acme/ml/bob", key="2"))
+        again = await driver.accepted(open_account("acme/ml", key="3"))
+        assert again.movements == ()
+        opened = await driver.rows(
+            "SELECT convert_from(payload, 'UTF8')::json ->> 'account' FROM outbox ORDER BY number"
+        )
+        assert [row[0] for row in opened] == ["acme", "acme/ml", "acme/ml/ana", "acme/ml/bob"]
+        page = (await http.get("/v1/accounts", params={"prefix": "acme/ml/"})).json()
+        assert [(each["account"], each["units"]) for each in page["accounts"]] == [
+            ("acme/ml/ana", ["usd"]),
+            ("acme/ml/bob", []),
+        ]
+
+
+async def test_an_accepted_outcome_is_replayed_for_ever(driver: Driver) -> None:
+    async with driver.running() as http:
+        await driver.accepted(open_account("acme", "usd"))
+        first = await driver.accepted(grant("acme", "10"))
+        before = await driver.dump()
+        again = await driver.accepted(grant("acme", "10"))
+        assert again == first.model_copy(update={"replayed": True})
+        other = await driver.command(grant("acme", "11"))
+        assert isinstance(other, words.Failed)
+        assert other.code == "conflict"
+        assert await driver.dump() == before
+        await driver.accepted(grant("acme", "10"), principal="another")
+        assert (await wallet(http, "acme"))["posted"] == "20"
+    async with driver.running():
+        assert (await driver.accepted(grant("acme", "10"))) == again
+
+
+async def test_one_key_asked_at_once_is_carried_out_once(driver: Driver) -> None:
+    async with driver.running() as http:
+        await driver.accepted(open_account("acme", "usd"))
+        replies = await asyncio.gather(*(driver.accepted(grant("acme", "10")) for _ in range(50)))
+        assert sum(not reply.replayed for reply in replies) == 1
+        assert len({reply.transaction for reply in replies}) == 1
+        assert (await wallet(http, "acme"))["posted"] == "10"
+
+
+async def test_a_refusal_leaves_every_table_as_it_was(driver: Driver) -> None:
+    async with driver.running():
+        await driver.funded("acme", "3")
+        hold = new_hold_id("acme")
+        other, ended = new_hold_id("acme"), new_hold_id("acme")
+        await driver.accepted(place_hold(hold, hold_leg("usd", "1"), key="h1"))
+        await driver.accepted(release_hold(ended, key="h2"))
+        await driver.accepted(words.Charge(idempotency_key="c1", line=charge_line("e1", usd="0")))
+        before = await driver.dump()
+        refusals: dict[str, words.Command] = {
+            "insufficient_funds": place_hold(other, hold_leg("usd", "4", "10"), key="r1"),
+            "hold_exists": place_hold(hold, hold_leg("usd", "1"), key="r2"),
+            "hold_released": place_hold(ended, hold_leg("usd", "1"), key="r3"),
+            "account_not_open": grant("nobody", "1", key="r4"),
+            "wallet_not_open": grant("acme", "1", unit="tokens", key="r5"),
+            "unknown_unit": grant("acme", "1", unit="sheep", key="r6"),
+            "invalid_amount": grant("acme", "-1", key="r7"),
+            "already_charged": words.Charge(idempotency_key="r8", line=charge_line("e1", usd="0")),
+            "charge_differs": words.Charge(idempotency_key="r9", line=charge_line("e1", usd="1")),
+        }
+        for code, command in refusals.items():
+            assert (await driver.refused(command)).code == code
+        await driver.accepted(open_account("acme/ana", key="o2"))
+        strange = release_hold(hold, account="acme/ana", key="r10")
+        before_strange = await driver.dump()
+        assert (await driver.refused(strange)).code == "account_differs"
+        assert await driver.dump() == before_strange
+        changed = {name for name, rows in (await driver.dump()).items() if rows != before[name]}
+        assert changed == {"heads", "journal", "commands", "accounts", "outbox"}
+
+
+async def test_a_refused_key_is_decided_anew(driver: Driver) -> None:
+    async with driver.running():
+        await driver.accepted(open_account("acme", "usd"))
+        command = place_hold(new_hold_id("acme"), hold_leg("usd", "1"), key="hold")
+        refusal = await driver.refused(command)
+        assert refusal.required == Amount(amount="1", unit="usd")
+        assert refusal.remaining == Amount(amount="0", unit="usd")
+        await driver.accepted(grant("acme", "1"))
+        assert not (await driver.accepted(command)).replayed
+
+
+async def test_a_hold_is_settled_by_its_charge_above_what_it_held(driver: Driver) -> None:
+    """The worked example 4, through the service."""
+    async with driver.running() as http:
+        await driver.funded("acme", "11")
+        hold = new_hold_id("acme")
+        await driver.accepted(place_hold(hold, hold_leg("usd", "10"), key="h"))
+        assert await wallet(http, "acme") == {"posted": "11", "held": "10", "available": "1", "debt": "0"}
+        reply = await driver.accepted(words.Charge(idempotency_key="c", line=charge_line("e1", usd="12", hold=hold)))
+        assert [(move.lot is None, move.posted, move.held) for move in reply.movements] == [
+            (False, "-11", "-10"),
+            (True, "-1", "0"),
+        ]
+        assert await wallet(http, "acme") == {"posted": "-1", "held": "0", "available": "-1", "debt": "1"}
+        await driver.accepted(grant("acme", "5", key="g5"))
+        assert await wallet(http, "acme") == {"posted": "4", "held": "0", "available": "4", "debt": "0"}
+
+
+async def test_of_concurrent_holds_exactly_those_are_admitted_that_are_covered(driver: Driver) -> None:
+    async with driver.running() as http:
+        await driver.funded("acme", "100")
+        replies = await asyncio.gather(
+            *(
+                driver.command(place_hold(new_hold_id("acme"), hold_leg("usd", "1"), key=f"hold-{number}"))
+                for number in range(300)
+            )
+        )
+        assert sum(isinstance(reply, words.Accepted) for reply in replies) == 100
+        assert await wallet(http, "acme") == {"posted": "100", "held": "100", "available": "0", "debt": "0"}
+
+
+async def test_http_commands_reach_the_owner_and_name_all_problems_at_once(driver: Driver) -> None:
+    async with driver.running() as http:
+
+        async def post(path: str, body: Any, key: str | None = "k") -> httpx2.Response:
+            return await http.post(path, json=body, headers={} if key is None else {"Idempotency-Key": key})
+
+        opened = await post("/v1/accounts", {"account": "acme", "wallets": [{"unit": "usd"}]}, "open")
+        assert opened.status_code == 200, opened.text
+        assert opened.json()["replayed"] is False
+        again = await post("/v1/accounts", {"account": "acme", "wallets": [{"unit": "usd"}]}, "open")
+        assert again.json()["replayed"] is True
+        conflict = await post("/v1/accounts", {"account": "acme"}, "open")
+        assert (conflict.status_code, conflict.json()["code"]) == (409, "conflict")
+
+        bad = await post("/v1/grants", {"account": "acme//", "unit": "sheep", "amount": 1.5, "kind": "gift", "x": 1})
+        assert bad.status_code == 422
+        assert bad.headers["content-type"] == "application/problem+json"
+        assert {each["pointer"] for each in bad.json()["errors"]} == {"/account", "/unit", "/amount", "/kind", "/x"}
+        negative = await post("/v1/grants", {"account": "acme", "unit": "usd", "amount": "-5"})
+        assert [each["pointer"] for each in negative.json()["errors"]] == ["/amount"]
+        absurd = await post("/v1/grants", {"account": "acme", "unit": "usd", "amount": "9999999999999999999"})
+        assert absurd.status_code == 422
+        legs = [{"unit": "usd", "at_least": "2", "at_most": "1"}, {"unit": "usd", "at_least": "0", "at_most": "1"}]
+        hold = await post("/v1/holds", {"hold": new_hold_id("other"), "account": "acme", "legs": legs})
+        assert {each["pointer"] for each in hold.json()["errors"]} >= {"/legs", "/legs/0/at_least", "/hold"}
+        keyless = await post("/v1/grants", {"account": "acme", "unit": "usd", "amount": "5"}, None)
+        assert (keyless.status_code, keyless.json()["code"]) == (400, "idempotency_key_missing")
+        assert (await http.post("/v1/grants", content=b"{", headers={"Idempotency-Key": "k"})).status_code == 400
+
+        short = await post(
+            "/v1/holds",
+            {
+                "hold": new_hold_id("acme"),
+                "account": "acme",
+                "legs": [{"unit": "usd", "at_least": "4", "at_most": "10"}],
+            },
+        )
+        assert short.status_code == 402
+        assert short.json()["required"] == {"amount": "4", "unit": "usd"}
+        assert short.json()["remaining"] == {"amount": "0", "unit": "usd"}
+        assert short.json()["limit_source"] == "acme"
+        assert (await http.get("/v1/balances/nobody")).status_code == 404
+        assert (await http.get("/v1/balances/acme//x")).status_code == 422
+        assert (await http.get("/v1/totals", params={"unit": "sheep"})).status_code == 422
+        assert (await http.get("/v1/balances/acme", headers={"Authorization": "Bearer no"})).status_code == 401
+        demo = {"Authorization": f"Bearer {driver.tokens['demo']}"}
+        assert (await http.get("/v1/balances/acme", headers=demo)).status_code == 403
+
+
+async def test_request_reply_says_what_it_cannot_read(driver: Driver) -> None:
+    async with driver.running():
+        partition = f"{partition_of('acme'):02d}"
+        for subject, body in (
+            (f"rpc.ledger.v1.{partition}.grant.tester", b"{"),
+            (f"rpc.ledger.v1.{partition}.grant.tester", open_account("acme").model_dump_json().encode()),
+            (f"rpc.ledger.v1.{partition}.open_account.tester", open_account("other").model_dump_json().encode()),
+            (f"rpc.ledger.v1.{partition}.grant.tester", b" " * 70_000),
+        ):
+            reply = await driver.request(subject, body)
+            assert isinstance(reply, words.Failed)
+            assert reply.code == "invalid"
+
+
+async def test_a_statement_is_paged_with_its_running_balance(driver: Driver) -> None:
+    async with driver.running() as http:
+        await driver.funded("acme", "10")
+        for number in range(7):
+            charge = words.Charge(idempotency_key=f"c{number}", line=charge_line(f"e{number}", usd="1"))
+            await driver.accepted(charge)
+        entries: list[dict[str, str]] = []
+        cursor: str | None = None
+        while True:
+            query = {"limit": "3"} | ({"before": cursor} if cursor else {})
+            page = (await http.get("/v1/statements/acme", params=query)).json()
+            entries += page["entries"]
+            cursor = page["next_before"]
+            if cursor is None:
+                break
+        assert [entry["balance"] for entry in entries] == ["3", "4", "5", "6", "7", "8", "9", "10", "0"]
+        assert [entry["kind"] for entry in entries[-2:]] == ["lot_granted", "wallet_opened"]
+        assert (await http.get("/v1/statements/acme", params={"before": "nonsense"})).status_code == 422

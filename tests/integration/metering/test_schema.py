@@ -1,0 +1,123 @@
+"""The schema is what tables.py says, and keeps what must not change, whoever tries."""
+
+from collections.abc import Iterator
+from datetime import date
+
+import psycopg
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from psycopg import Connection
+from psycopg.rows import TupleRow
+from sqlalchemy import create_engine, pool
+
+from services.kit.database import migrate
+from services.metering.tables import metadata
+from tests.conftest import Database
+
+
+@pytest.fixture
+def runtime(database: Database) -> Iterator[Connection[TupleRow]]:
+    with psycopg.connect(database.url("metering").get_secret_value(), autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def owner(database: Database) -> Iterator[Connection[TupleRow]]:
+    with psycopg.connect(database.url("metering_owner").get_secret_value(), autocommit=True) as connection:
+        yield connection
+
+
+def test_the_migrations_make_the_tables_of_tables_py(database: Database) -> None:
+    url = database.url("metering_owner").get_secret_value()
+    engine = create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(url), poolclass=pool.NullPool)
+    parts = ("schema_version", "usage_log_", "seen_")
+    with engine.connect() as connection:
+        context = MigrationContext.configure(
+            connection,
+            opts={
+                "compare_type": True,
+                "include_name": lambda name, kind, _parents: kind != "table" or not str(name).startswith(parts),
+            },
+        )
+        assert compare_metadata(context, metadata) == []
+
+
+def test_migrating_again_changes_nothing(database: Database) -> None:
+    migrate(service="metering", owner_url=database.url("metering_owner"))
+
+
+def test_every_business_table_begins_with_the_partition(owner: Connection[TupleRow]) -> None:
+    first = owner.execute(
+        "SELECT relname, attname FROM pg_attribute JOIN pg_class c ON c.oid = attrelid"
+        " WHERE relnamespace = 'metering'::regnamespace AND relkind IN ('r', 'p') AND attnum = 1"
+    ).fetchall()
+    others = {"schema_version", "members", "dead_letters"}
+    assert {table for table, column in first if column != "partition"} == others
+
+
+LOGGED = (
+    "INSERT INTO usage_log (partition, occurred_at, source, event_id, account, type, recorded_at, data)"
+    " VALUES (1, '2026-01-01Z', 'demo', 'use-1', 'acme', 't', now(), '{}')"
+)
+CHARGE = (
+    "UPDATE usage_log SET price_version = 'v', line_items = '[]', amounts = '[]', bundle_number = 1, line_number = 1"
+)
+SEEN = "INSERT INTO seen VALUES (1, 'demo', 'use-1', 'hash', '2026-01-01Z')"
+
+
+def refused(connection: Connection[TupleRow], statement: str, kind: type[psycopg.Error] = psycopg.Error) -> None:
+    with pytest.raises(kind):
+        connection.execute(statement)
+
+
+def test_logged_use_is_charged_once_and_never_changed(
+    runtime: Connection[TupleRow], owner: Connection[TupleRow]
+) -> None:
+    runtime.execute("SELECT ensure_usage_month('2026-01-15')")
+    runtime.execute(LOGGED)
+    refused(runtime, "UPDATE usage_log SET bundle_number = 1", psycopg.errors.CheckViolation)
+    runtime.execute(CHARGE)
+    for statement in (CHARGE, "UPDATE usage_log SET amounts = '[1]'", CHARGE.replace("1,", "2,")):
+        refused(runtime, statement, psycopg.errors.RaiseException)
+    for statement in (
+        "DELETE FROM usage_log",
+        "TRUNCATE usage_log",
+        "UPDATE usage_log SET account = 'x'",
+        "DELETE FROM usage_log_2026_01",
+        "INSERT INTO usage_log_2026_01 SELECT * FROM usage_log",
+    ):
+        refused(runtime, statement, psycopg.errors.InsufficientPrivilege)
+    for statement in (
+        "DELETE FROM usage_log",
+        "TRUNCATE usage_log",
+        "TRUNCATE usage_log_2026_01",
+        "UPDATE usage_log SET account = 'x'",
+        "UPDATE usage_log_2026_01 SET data = '[]'",
+    ):
+        refused(owner, statement, psycopg.errors.RaiseException)
+
+
+def test_what_was_seen_is_never_forgotten(runtime: Connection[TupleRow], owner: Connection[TupleRow]) -> None:
+    runtime.execute(SEEN)
+    for statement in ("DELETE FROM seen", "UPDATE seen SET body_hash = 'x'", "TRUNCATE seen"):
+        refused(runtime, statement, psycopg.errors.InsufficientPrivilege)
+        refused(owner, statement, psycopg.errors.RaiseException)
+    refused(owner, "TRUNCATE seen_3", psycopg.errors.RaiseException)
+
+
+def test_the_outbox_and_the_directory_are_only_added_to(runtime: Connection[TupleRow]) -> None:
+    for table in ("outbox", "directory"):
+        for statement in (f"DELETE FROM {table}", f"TRUNCATE {table}", f"UPDATE {table} SET partition = 1"):
+            refused(runtime, statement, psycopg.errors.InsufficientPrivilege)
+
+
+def test_months_are_made_once_within_bounds_and_by_nobody_else(runtime: Connection[TupleRow]) -> None:
+    def made(day: date) -> bool:
+        row = runtime.execute("SELECT ensure_usage_month(%s)", [day]).fetchone()
+        return bool(row and row[0])
+
+    assert [made(date(2025, 12, 31)), made(date(2025, 12, 1)), made(date(2026, 1, 1))] == [True, False, True]
+    for day in ("2019-12-31", "3000-01-01"):
+        refused(runtime, f"SELECT ensure_usage_month('{day}')", psycopg.errors.RaiseException)
+    refused(runtime, "CREATE TABLE mine (n int)", psycopg.errors.InsufficientPrivilege)

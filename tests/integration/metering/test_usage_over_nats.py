@@ -1,0 +1,191 @@
+"""Usage from the stream to the ledger's stream: logged once, charged once, whatever is repeated, mixed in or bad."""
+
+import json
+import random
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+import pytest
+from nats.aio.client import Client
+
+from contracts.streams import CHARGES, METERING_CONSUMER, USAGE
+from services.kit.dead_letters import list_letters
+from tests.eventually import eventually
+from tests.integration.metering.driving import Driver, stored
+from tests.unit.metering.bad_reports import BAD
+from tests.unit.metering.building import body, event
+
+pytestmark = pytest.mark.anyio
+
+ACCOUNTS: Final = [f"acme-{number}" for number in range(7)]
+
+
+async def open_all(driver: Driver) -> None:
+    await driver.open(*ACCOUNTS)
+    await driver.until_open(ACCOUNTS)
+
+
+async def unacknowledged(operator_nats: Client) -> int:
+    info = await operator_nats.jetstream(timeout=5).consumer_info(USAGE, METERING_CONSUMER)
+    return (info.num_ack_pending or 0) + (info.num_pending or 0)
+
+
+async def test_use_is_logged_and_charged_and_the_ledger_is_told(driver: Driver) -> None:
+    async with driver.running():
+        await open_all(driver)
+        await driver.publish(event(number) for number in range(500))
+        await driver.until_counted(new=500, charged=500)
+        charged = await driver.charged()
+        assert len(charged) == 500
+        bundles = len(await driver.bundles())
+
+        async def all_told() -> bool:
+            return await stored(driver.operator_nats, CHARGES) == bundles
+
+        await eventually(all_told)
+
+        async def all_acknowledged() -> bool:
+            return await unacknowledged(driver.operator_nats) == 0
+
+        await eventually(all_acknowledged)
+
+    line = charged["use-3"]
+    # (103 x 0.15 + 3 x 0.60) / 1e6
+    assert [(each.amount, each.unit) for each in line.amounts] == [("0.00001725", "usd")]
+    ((logged, amounts, items, bundle_number, line_number, price_version),) = await driver.rows(
+        "SELECT data, amounts, line_items, bundle_number, line_number, price_version FROM usage_log"
+        " WHERE event_id = 'use-3'"
+    )
+    assert logged == event(3)["data"]
+    assert amounts == [{"unit": "usd", "amount": "0.00001725"}]
+    assert [(item["quantity"], item["count"], item["exact"]) for item in items] == [
+        ("input_tokens", 103, "0.00001545"),
+        ("output_tokens", 3, "0.0000018"),
+    ]
+    assert price_version == line.price_version
+    bundle = next(each for each in await driver.bundles() if (each.number, line in each.lines) == (bundle_number, True))
+    assert bundle.lines[line_number - 1] == line
+
+
+async def test_repeats_within_and_across_batches_are_charged_once(driver: Driver) -> None:
+    deliveries = [event(number) for number in range(300)] * 3
+    random.Random(5).shuffle(deliveries)
+    async with driver.running():
+        await open_all(driver)
+        await driver.publish(deliveries[:500])
+        await driver.publish(deliveries[500:])
+        await driver.until_counted(new=300, charged=300, duplicate=600)
+    async with driver.running():
+        await driver.publish(deliveries)
+        await driver.until_counted(new=300, charged=300, duplicate=1500)
+    assert len(await driver.charged()) == 300
+
+
+async def test_a_conflict_is_kept_apart_and_the_others_are_unaffected(driver: Driver) -> None:
+    async with driver.running() as http:
+        await open_all(driver)
+        await driver.publish(event(number) for number in range(20))
+        await driver.until_counted(new=20, charged=20)
+        other = event(3, data_input_tokens=999_999)
+        await driver.publish([other, event(50), other, event(4), event(3)])
+        # The same conflicting content once more is a repeat of it.
+        await driver.until_counted(new=21, charged=21, conflicting=1, duplicate=3)
+        response = await http.get("/api/v1/conflicts", headers=driver.headers("operator"))
+        (conflict,) = response.json()["conflicts"]
+        assert (conflict["id"], conflict["account"], conflict["times"]) == ("use-3", "acme-3", 2)
+        assert json.loads(conflict["body"]) == other
+        assert conflict["body_sha256"] != conflict["first_body_sha256"]
+        metrics = (await http.get("/metrics")).text
+        assert "scrip_metering_conflicts_total" in metrics
+        assert (await http.get("/readyz")).status_code == 200
+    charged = await driver.charged()
+    assert [(each.amount, each.unit) for each in charged["use-3"].amounts] == [("0.00001725", "usd")]
+
+
+async def test_two_contents_in_one_batch_are_one_charge_and_one_conflict(driver: Driver) -> None:
+    async with driver.running():
+        await open_all(driver)
+        await driver.publish([event(1), event(1, data_input_tokens=5), event(1, traceparent="00-2")])
+        await driver.until_counted(new=1, charged=1, conflicting=1, duplicate=1)
+
+
+async def test_bad_messages_are_dead_lettered_and_block_nothing(driver: Driver) -> None:
+    async with driver.running():
+        await open_all(driver)
+        for number, (_, payload, _) in enumerate(BAD):
+            await driver.publish_raw(payload, subject=f"usage.v1.{number % 64:02d}.demo")
+            await driver.publish([event(number)])
+        await driver.until_counted(new=len(BAD), charged=len(BAD), dead=len(BAD))
+        letters = await list_letters(driver.connection, limit=200)
+        assert sorted(letter.payload for letter in letters) == sorted(payload for _, payload, _ in BAD)
+        for name, payload, place in BAD:
+            letter = next(each for each in letters if each.payload == payload)
+            assert place in {problem["field"] for problem in letter.problems}, name
+            assert letter.reason
+
+
+async def test_a_letter_is_redriven_and_charged_once_however_often(driver: Driver) -> None:
+    """Published on another partition's subject: re-driving puts it where it belongs."""
+    async with driver.running() as http:
+        await open_all(driver)
+        headers = driver.headers("operator")
+        await driver.publish_raw(body(1), subject="usage.v1.63.demo")
+        await driver.publish_raw(body(1), subject="usage.v1.62.demo")
+        await driver.publish_raw(b"{", subject="usage.v1.62.demo")
+        await driver.until_counted(dead=3)
+        listed = (await http.get("/dead-letters", headers=headers)).json()["dead_letters"]
+        answers = {}
+        for letter in listed:
+            answer = await http.post(f"/dead-letters/{letter['id']}/redrive", headers=headers)
+            again = await http.post(f"/dead-letters/{letter['id']}/redrive", headers=headers)
+            answers[letter["subject"], letter["stream_sequence"]] = (answer.status_code, again.status_code)
+        assert sorted(answers.values()) == [(200, 409), (200, 409), (422, 422)]
+        await driver.until_counted(dead=3, new=1, charged=1, duplicate=1)
+        assert list(await driver.charged()) == ["use-1"]
+        left = (await http.get("/dead-letters", headers=headers)).json()["dead_letters"]
+        assert len(left) == 1
+        assert (await http.get("/dead-letters", headers=driver.headers("demo"))).status_code == 403
+
+
+async def test_use_costs_what_it_cost_when_it_happened(driver: Driver) -> None:
+    catalogue = driver.settings.catalogue_file.read_text()
+    change = datetime.now(UTC) - timedelta(hours=1)
+    dearer = catalogue.split("[[price_versions]]")[1]
+    dearer = dearer.replace('"2024-07-18"', '"dearer"').replace('"2024-07-18T00:00:00Z"', f'"{change.isoformat()}"')
+    path = driver.settings.tokens_file.with_name("catalogue.toml")
+    path.write_text(f"{catalogue}\n[[price_versions]]\n{dearer.replace('0.15', '1.50').replace('0.60', '6.00')}")
+    settings = driver.settings.model_copy(update={"catalogue_file": path})
+    used = {"provider": "openai", "model": "gpt-4o-mini", "input_tokens": 1_000_000, "output_tokens": 0}
+    before = event(1, time=(change - timedelta(seconds=1)).isoformat(), data=used)
+    after = event(2, time=change.isoformat(), data=used)
+    ancient = event(3, time="2019-12-31T23:59:59Z", data=used)
+    unknown = event(4, data=used | {"model": "gpt-unheard-of"})
+    async with driver.running(settings) as http:
+        await open_all(driver)
+        await driver.publish([after, before, ancient, unknown])
+        await driver.until_counted(new=4, charged=2, unpriced=2)
+        waiting = (await http.get("/api/v1/set-aside", headers=driver.headers("operator"))).json()["set_aside"]
+        assert {(each["id"], each["reason"], each["key"]) for each in waiting} == {
+            ("use-3", "unpriced", "openai/gpt-4o-mini"),
+            ("use-4", "unpriced", "openai/gpt-unheard-of"),
+        }
+    charged = await driver.charged()
+    assert {name: (line.price_version, line.amounts[0].amount) for name, line in charged.items()} == {
+        "use-1": ("2024-07-18", "0.15"),
+        "use-2": ("dearer", "1.5"),
+    }
+
+
+async def test_use_of_many_months_is_logged_in_the_month_it_happened(driver: Driver) -> None:
+    times = ["1970-01-02T00:00:00Z", "2019-12-31T23:59:59.999999Z", "2020-01-01T00:00:00Z", "2025-02-28T23:00:00-02:00"]
+    async with driver.running():
+        await open_all(driver)
+        await driver.publish(event(number, time=time) for number, time in enumerate(times))
+        await driver.until_counted(new=4, charged=1, unpriced=3)
+    found = await driver.rows("SELECT event_id, tableoid::regclass::text FROM usage_log ORDER BY event_id")
+    assert found == [
+        ("use-0", "usage_log_other"),
+        ("use-1", "usage_log_other"),
+        ("use-2", "usage_log_2020_01"),
+        ("use-3", "usage_log_2025_03"),
+    ]

@@ -1,0 +1,330 @@
+"""Laws of the envelope: every body is an event or a named problem, and the body hash is of the content alone."""
+
+import copy
+import json
+from datetime import datetime
+from typing import Any
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from contracts.envelope import (
+    EVENT_BYTES_MAX,
+    PROBLEMS_MAX,
+    SERVER_FILLED,
+    InvalidEvent,
+    UsageEvent,
+    body_hash,
+    read_usage_event,
+)
+from tests.unit.contracts.strategies import Json, json_values, times_text, usage_events
+
+EVENT: Json = {
+    "specversion": "1.0",
+    "id": "azure-conv-2023:17",
+    "source": "demo",
+    "type": "scrip.model.used.v1",
+    "subject": "acme/ml",
+    "time": "2025-07-01T12:00:00Z",
+    "data": {"provider": "openai", "model": "gpt-4o-mini", "input_tokens": 374, "output_tokens": 44},
+}
+ENCODED = json.dumps(EVENT).encode()
+
+
+def read(raw: Json) -> tuple[UsageEvent, bytes]:
+    return read_usage_event(json.dumps(raw).encode())
+
+
+def hash_of(raw: Json) -> bytes:
+    return read(raw)[1]
+
+
+def problems_of(body: bytes) -> dict[str, str]:
+    with pytest.raises(InvalidEvent) as refusal:
+        read_usage_event(body)
+    return {problem.field: problem.message for problem in refusal.value.problems}
+
+
+def changed(**attributes: Any) -> bytes:
+    return json.dumps(EVENT | attributes).encode()
+
+
+def with_data(**fields: Any) -> bytes:
+    return changed(data=EVENT["data"] | fields)
+
+
+def shuffled(raw: Json, order: list[int]) -> Json:
+    names = sorted(raw, key=lambda name: order[len(name) % len(order)])
+    return {name: shuffled(raw[name], order) if isinstance(raw[name], dict) else raw[name] for name in names}
+
+
+# --- reading ---
+
+
+@given(usage_events)
+def test_a_valid_event_is_read_as_it_was_sent(raw: Json) -> None:
+    event, _ = read(raw)
+    dumped = event.model_dump(mode="json", exclude_unset=True)
+    assert dumped == raw | ({"time": dumped["time"]} if "time" in raw else {})
+    assert event.time == (datetime.fromisoformat(raw["time"]) if "time" in raw else None)
+
+
+@given(usage_events)
+def test_the_model_writes_what_it_reads(raw: Json) -> None:
+    event, _ = read(raw)
+    again, _ = read_usage_event(event.model_dump_json(exclude_unset=True).encode())
+    assert again == event
+
+
+attribute_paths = st.sampled_from([(name,) for name in EVENT] + [("data", name) for name in EVENT["data"]])
+
+
+@given(attribute_paths, json_values)
+@example(("subject",), "\ud800")
+@example(("id",), "a\x00b")
+@example(("time",), "1704067200000")
+@example(("time",), "9999-12-31T23:59:59-12:00")
+@example(("time",), "0001-01-01T00:00:00+12:00")
+@example(("data", "input_tokens"), 10**400)
+@example(("data", "input_tokens"), 1.0)
+@example(("data", "input_tokens"), True)
+@example(("data", "input_tokens"), float("nan"))
+def test_an_event_with_anything_in_any_place_is_valid_or_named_invalid(place: tuple[str, ...], value: Any) -> None:
+    raw = copy.deepcopy(EVENT)
+    target = raw if len(place) == 1 else raw["data"]
+    target[place[-1]] = value
+    try:
+        read_usage_event(written(raw))
+    except InvalidEvent as invalid:
+        named = {problem.field for problem in invalid.problems}
+        unreadable = named == {""}
+        assert unreadable or any(field.startswith(".".join(place)) for field in named)
+
+
+@given(st.dictionaries(st.text(max_size=24), json_values, max_size=4), st.booleans())
+@example({"\x00": 1}, True)
+@example({"x": 10**4000}, False)
+@example({"constrained-str": 1.5, "bool": 1.5, "int": 1.5}, False)
+@example({"self": 1, "model_config": "x", "__class__": "y"}, False)
+def test_extra_attributes_are_valid_or_named_invalid(extra: Json, inside: bool) -> None:
+    known = EVENT["data"] if inside else EVENT
+    assume(
+        not extra.keys()
+        & (known.keys() | {"hold", "own_key", "feature", "attributes", "datacontenttype", "dataschema"})
+    )
+    raw = EVENT | {"data": EVENT["data"] | extra} if inside else EVENT | extra
+    try:
+        read_usage_event(written(raw))
+    except InvalidEvent as invalid:
+        for problem in invalid.problems:
+            assert problem.message
+            assert problem.field.isprintable()
+            assert "\x00" not in problem.message
+
+
+@given(json_values.map(lambda value: json.dumps(value).encode()))
+@example(b"null")
+@example(b"[]")
+@example(b"")
+def test_json_that_is_no_event_is_invalid(body: bytes) -> None:
+    assert problems_of(body)
+
+
+@given(st.binary() | st.text().map(lambda text: text.encode("utf-8", "surrogatepass")))
+@example(b"\xff\xfe")
+@example(b"\xef\xbb\xbf" + ENCODED)
+@example(ENCODED.decode().encode("utf-16"))
+@example(b"[" * 30_000)
+@example(b'{"a":' * 10_000)
+@example(b"9" * 5_000)
+@example(b"1e999")
+@example(b"-")
+@example(b'"\\ud800"')
+def test_any_bytes_that_are_no_event_are_invalid(body: bytes) -> None:
+    assert set(problems_of(body)) == {""}
+
+
+@given(st.integers(0, len(ENCODED) - 1), st.binary(max_size=3), st.integers(0, 3))
+def test_a_damaged_event_is_valid_or_invalid_and_nothing_else(place: int, put: bytes, cut: int) -> None:
+    body = ENCODED[:place] + put + ENCODED[place + cut :]
+    try:
+        event, digest = read_usage_event(body)
+    except InvalidEvent:
+        return
+    assert digest == body_hash(json.loads(body))
+    assert event.source == json.loads(body)["source"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        ENCODED[:-1] + b',"nested":' + b"[" * 5_000 + b"]" * 5_000 + b"}",
+        ENCODED[:-1] + b',"nested":' + b'{"a":' * 5_000 + b"1" + b"}" * 5_000 + b"}",
+        ENCODED[:-1] + b',"nested":' + b"[" * 150 + b"]" * 150 + b"}",
+        ENCODED[:-1] + b',"long":' + b"9" * 4_301 + b"}",
+        ENCODED[:-1] + b',"long":' + b"9" * 60_000 + b"}",
+        ENCODED.replace(b"374", b"9" * 5_000),
+        ENCODED.replace(b"374", b"374.0"),
+        ENCODED.replace(b"374", b"1e3"),
+        ENCODED.replace(b"374", b"0374"),
+    ],
+)
+def test_deep_nesting_endless_numbers_and_floats_are_invalid(body: bytes) -> None:
+    assert problems_of(body)
+
+
+def test_of_a_name_given_twice_the_last_counts_for_the_event_and_for_its_hash() -> None:
+    twice = ENCODED[:-1] + b', "id": "other", "x": "1", "x": "2"}'
+    event, digest = read_usage_event(twice)
+    assert (event.id, event.model_extra) == ("other", {"x": "2"})
+    assert digest == hash_of(EVENT | {"id": "other", "x": "2"})
+
+
+def test_every_problem_is_named_at_once() -> None:
+    body = changed(
+        specversion="0.3",
+        source="De mo",
+        subject="a//b",
+        time="yesterday",
+        region=1.5,
+        Region="eu",
+        data={"provider": "openai", "model": "", "input_tokens": -1, "output_tokens": 1.5, "total": 3},
+    )
+    assert set(problems_of(body)) == {
+        "specversion",
+        "source",
+        "subject",
+        "time",
+        "region",
+        "Region",
+        "data.model",
+        "data.input_tokens",
+        "data.output_tokens",
+        "data.total",
+    }
+
+
+def test_an_unknown_type_says_which_are_known() -> None:
+    assert problems_of(changed(type="com.example.used"))["type"] == "unknown event type: known is scrip.model.used.v1"
+
+
+def test_a_value_of_several_possible_types_is_one_problem() -> None:
+    problems = problems_of(with_data(attributes={"bool": 1.5, "text": None}))
+    assert set(problems) == {"data.attributes.bool", "data.attributes.text"}
+
+
+def test_the_problems_of_one_event_are_limited() -> None:
+    problems = problems_of(json.dumps(EVENT | {f"X{number}": 1 for number in range(1000)}).encode())
+    assert len(problems) == PROBLEMS_MAX + 1
+    assert problems[""] == "and 900 more problems"
+    long = problems_of(json.dumps(EVENT | {"X" * 10_000: 1}).encode())
+    assert all(len(field) < 100 for field in long)
+
+
+def test_an_event_has_a_largest_size() -> None:
+    padding = EVENT_BYTES_MAX - len(ENCODED)
+    read_usage_event(ENCODED + b" " * padding)
+    assert "at most" in problems_of(ENCODED + b" " * (padding + 1))[""]
+
+
+@pytest.mark.parametrize(
+    "time",
+    [
+        "2025-07-01T12:00:00",  # no offset
+        "2025-07-01",
+        "1751371200",  # seconds as text
+        "1751371200000",
+        1751371200,
+        "2025-07-01T12:00Z",
+        "2025-07-01T24:00:00Z",
+        "2025-13-01T00:00:00Z",
+        "2025-07-01T12:00:00+0200",
+        "1969-12-31T23:59:59Z",
+        "2200-01-01T00:00:00Z",
+        "9999-12-31T23:59:59-12:00",  # has no UTC form
+        "",
+    ],
+)
+def test_a_time_is_rfc_3339_with_an_offset_and_of_our_age(time: Any) -> None:
+    assert set(problems_of(changed(time=time))) == {"time"}
+
+
+# --- the body hash ---
+
+
+@given(usage_events, st.lists(st.integers(0, 100), min_size=3, max_size=8), st.sampled_from([None, 0, 1, 4]))
+def test_the_hash_does_not_depend_on_order_white_space_or_escapes(
+    raw: Json, order: list[int], indent: int | None
+) -> None:
+    digest = hash_of(raw)
+    assert len(digest) == 32
+    for ascii_only in (True, False):
+        body = json.dumps(shuffled(raw, order), indent=indent, ensure_ascii=ascii_only).encode()
+        assert read_usage_event(body)[1] == digest
+
+
+@given(usage_events, times_text)
+def test_what_ingest_filled_in_is_no_content(raw: Json, time: str) -> None:
+    sent = {name: value for name, value in raw.items() if name != "time"}
+    assert hash_of(sent | {"time": time, SERVER_FILLED: "time"}) == hash_of(sent)
+    assert hash_of(sent | {"time": time}) != hash_of(sent)
+
+
+@given(usage_events, st.text("0123456789abcdef-", min_size=1, max_size=55))
+def test_the_trace_an_event_took_is_no_content(raw: Json, trace: str) -> None:
+    assert hash_of(raw | {"traceparent": trace, "tracestate": f"vendor={trace}"}) == hash_of(raw)
+
+
+@given(usage_events, usage_events)
+def test_another_content_has_another_hash(one: Json, other: Json) -> None:
+    assert (hash_of(one) == hash_of(other)) == (canonical(one) == canonical(other))
+
+
+@given(usage_events, st.data())
+def test_any_single_change_changes_the_hash(raw: Json, data: st.DataObject) -> None:
+    other = data.draw(usage_events)
+    place = data.draw(st.sampled_from(sorted(raw)))
+    mutated = {name: value for name, value in raw.items() if name != place}
+    assert body_hash(mutated) != hash_of(raw)
+    if place in other and canonical(other[place]) != canonical(raw[place]):
+        assert hash_of(raw | {place: other[place]}) != hash_of(raw)
+    for name, value in raw["data"].items():
+        changed_data = raw["data"] | {name: other["data"].get(name)}
+        if canonical(changed_data[name]) != canonical(value):
+            assert body_hash(raw | {"data": changed_data}) != hash_of(raw)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"time": "2025-07-01T12:00:01Z"},
+        {"time": "2025-07-01T14:00:00+02:00"},  # the same moment, but not what was sent
+        {"subject": "acme"},
+        {"data": EVENT["data"] | {"input_tokens": 375}},
+        {"data": EVENT["data"] | {"own_key": False}},  # said is not the same as left out
+        {"attempt": 1},
+        {"attempt": True},
+        {"attempt": "1"},
+    ],
+)
+def test_changes_that_look_small_are_changes(change: Json) -> None:
+    assert hash_of(EVENT | change) != hash_of(EVENT)
+    others = [{"attempt": other} for other in (1, True, "1") if canonical(other) != canonical(change.get("attempt"))]
+    if "attempt" in change:
+        assert all(hash_of(EVENT | other) != hash_of(EVENT | change) for other in others)
+
+
+def test_the_hash_never_changes() -> None:
+    # It stands beside every event ever seen; another canonical form would turn repeats into conflicts.
+    assert hash_of(EVENT).hex() == "21ee47578a1c095c396d227de2eb74fa065a1e4a40eeadd611f8809af17995d2"
+
+
+def canonical(value: Any) -> str:
+    """What tells JSON values apart: in Python, True equals 1."""
+    return json.dumps(value, sort_keys=True)
+
+
+def written(value: Any) -> bytes:
+    """JSON by an encoder that also writes what JSON forbids: NaN and lone surrogates."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")

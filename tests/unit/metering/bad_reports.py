@@ -1,0 +1,57 @@
+"""Every kind of report that must not be taken, and the place its problem is named at."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+from tests.unit.metering.building import body, event
+
+
+def _ahead() -> str:
+    return (datetime.now(UTC) + timedelta(minutes=6)).isoformat()
+
+
+def _without(name: str) -> bytes:
+    return json.dumps({each: value for each, value in event().items() if each != name}).encode()
+
+
+_REQUIRED: Final = ("specversion", "id", "source", "type", "subject", "data")
+
+# Name, body, place. All are reported by `demo`.
+BAD: Final[tuple[tuple[str, bytes, str], ...]] = (
+    ("not JSON", b"{", ""),
+    ("nothing", b" ", ""),
+    ("not UTF-8", b'{"id": "\xff"}', ""),
+    ("not an object", b'"use"', ""),
+    ("null", b"null", ""),
+    ("nested too deeply", b"[" * 20_000 + b"]" * 20_000, ""),
+    ("too long", body(data_feature="f" * 70_000), ""),
+    *((f"null for {name}", json.dumps({**event(), name: None}).encode(), name) for name in _REQUIRED),
+    *((f"no {name}", _without(name), name) for name in _REQUIRED),
+    ("no tokens", body(data={"provider": "openai", "model": "gpt-4o-mini"}), "data.input_tokens"),
+    ("an unknown type", body(type="scrip.model.used.v9"), "type"),
+    ("an unknown field", body(data_cost="1.00"), "data.cost"),
+    ("a unit of its own", body(data_unit="usd"), "data.unit"),
+    ("a float", body(data_input_tokens=1.5), "data.input_tokens"),
+    ("a float without fraction", body(data_input_tokens=1.0), "data.input_tokens"),
+    ("a number as text", body(data_input_tokens="12"), "data.input_tokens"),
+    ("a negative number", body(data_output_tokens=-1), "data.output_tokens"),
+    ("an absurd number", body(data_input_tokens=10**30), "data.input_tokens"),
+    ("true for a number", body(data_input_tokens=True), "data.input_tokens"),
+    ("an empty id", body(id=""), "id"),
+    ("an id with a NUL", body(id="use\x00"), "id"),
+    ("an id of a thousand characters", body(id="u" * 1000), "id"),
+    ("an account with an empty segment", body(subject="acme//ml"), "subject"),
+    ("an account of five segments", body(subject="a/b/c/d/e"), "subject"),
+    ("an account that is not encoded", body(subject="acme ml"), "subject"),
+    ("a source of another", body(source="gateway"), "source"),
+    ("a source that is no name", body(source="Demo!"), "source"),
+    ("a time too far ahead", body(time=_ahead()), "time"),
+    ("a time without a zone", body(time="2026-01-01T00:00:00"), "time"),
+    ("a time as a number", body(time=1767225600), "time"),
+    ("a time before time", body(time="0001-01-01T00:00:00Z"), "time"),
+    ("a NUL in an attribute", body(data_attributes={"endpoint": "/v1\x00"}), "data.attributes.endpoint"),
+    ("half a character", body(data_attributes={"endpoint": "\ud800"}), ""),
+    ("an object as an extension", body(extra={"deep": 1}), "extra"),
+    ("a hold that is no id", body(data_hold="hold-1"), "data.hold"),
+)
