@@ -125,4 +125,4 @@ def _readable(name: str) -> str:
 def _message(loc: tuple[int | str, ...], kind: str, message: str) -> str:
     if loc == ("type",) and kind == "literal_error":
         return f"unknown event type: known is {MODEL_USED}"
-    return message
+    return message.removeprefix("Value error, ")

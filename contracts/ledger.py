@@ -48,7 +48,7 @@ class OpenAccount(_Frozen):
 class Grant(_Frozen):
     """Add a lot to an open wallet; its debt is repaid first. `reference` says what for (a payment, a ticket).
 
-    Refused as: unknown_unit, invalid_amount, account_not_open, wallet_not_open.
+    Refused as: unknown_unit, invalid_amount, invalid_time, account_not_open, wallet_not_open.
     """
 
     command: Literal["grant"] = "grant"
@@ -73,7 +73,8 @@ class HoldLeg(_Frozen):
 class PlaceHold(_Frozen):
     """Set amounts aside before work is done, on every wallet concerned, together or not at all.
 
-    Refused as: unknown_unit, invalid_amount, account_not_open, insufficient_funds, hold_exists, hold_released.
+    Refused as: unknown_unit, invalid_amount, account_not_open, account_differs, insufficient_funds, hold_exists,
+    hold_released, hold_settled.
     """
 
     command: Literal["place_hold"] = "place_hold"
@@ -87,7 +88,7 @@ class PlaceHold(_Frozen):
 class ReleaseHold(_Frozen):
     """End a hold and give back what it set aside. Releasing an unknown hold leaves a tombstone: it is never placed.
 
-    Refused as: hold_settled, account_differs.
+    Refused as: hold_released, hold_settled, account_differs.
     """
 
     command: Literal["release_hold"] = "release_hold"
@@ -99,7 +100,8 @@ class ReleaseHold(_Frozen):
 class Charge(_Frozen):
     """What one use really cost: a fact, never refused for want of money. Settles the hold it names, or stands alone.
 
-    Refused as: unknown_unit, invalid_amount, account_not_open, account_differs, already_charged.
+    Refused as: unknown_unit, invalid_amount, invalid_time, account_not_open, account_differs, already_charged,
+    charge_differs.
     """
 
     command: Literal["charge"] = "charge"

@@ -19,12 +19,16 @@ AmountText = Annotated[str, Field(pattern=_AMOUNT_PATTERN, max_length=30, exampl
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What is counted. `scale` is the number of decimals of its step: `usd` 9 (nano-dollars), `tokens` 0."""
+    """What is counted. `scale` is the number of decimals of its step: `usd` 9 (nano-dollars), `tokens` 0.
+
+    `mirrors`: a cap that counts what is paid in a money unit, as `usd_cap` does for `usd`.
+    """
 
     name: str
     kind: Literal["money", "cap"]
     scale: int
     own_key_counts: bool = False
+    mirrors: str | None = None
 
 
 class Amount(BaseModel):

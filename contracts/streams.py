@@ -81,6 +81,8 @@ def charges_consumer(partition: int) -> str:
 
 METERING_CONSUMER: Final = "metering"
 METERING_DIRECTORY_CONSUMER: Final = "metering-directory"
+BILLING_STRIPE_CONSUMER: Final = "billing-stripe"
+LEDGER_PAYMENTS_CONSUMER: Final = "ledger-payments"
 
 CONSUMERS: Final = (
     Consumer(stream=USAGE, durable=METERING_CONSUMER, service="metering", filter_subject="usage.v1.*.*"),
@@ -91,6 +93,8 @@ CONSUMERS: Final = (
             service="ledger",
             filter_subject=f"metering.v1.{token(partition)}.>",
             ack_pending_max=1_000,
+            # How long a partition's charges wait after its owner died with some of them in hand.
+            ack_wait_seconds=8,
         )
         for partition in range(PARTITION_COUNT)
     ),
@@ -99,6 +103,20 @@ CONSUMERS: Final = (
         durable=METERING_DIRECTORY_CONSUMER,
         service="metering",
         filter_subject="ledger.v1.*.account.opened",
+        ack_pending_max=1_000,
+    ),
+    Consumer(
+        stream=STRIPE,
+        durable=BILLING_STRIPE_CONSUMER,
+        service="billing",
+        filter_subject="billing.v1.stripe.received",
+        ack_pending_max=1_000,
+    ),
+    Consumer(
+        stream=PAYMENTS,
+        durable=LEDGER_PAYMENTS_CONSUMER,
+        service="ledger",
+        filter_subject="billing.v1.*.payment.*",
         ack_pending_max=1_000,
     ),
 )
@@ -157,7 +175,12 @@ USERS: Final = (
     User(name="billing", publishes=("billing.v1.*.payment.*", "billing.v1.stripe.received")),
     User(
         name="keyvault",
-        publishes=("keyvault.v1.*.key.*", "rpc.ledger.v1.*.open_account.keyvault", "rpc.ledger.v1.*.debit.keyvault"),
+        publishes=(
+            "keyvault.v1.*.key.*",
+            "rpc.ledger.v1.*.open_account.keyvault",
+            "rpc.ledger.v1.*.grant.keyvault",
+            "rpc.ledger.v1.*.debit.keyvault",
+        ),
         answers=("rpc.keyvault.v1.*.*",),
     ),
     User(name="console"),

@@ -19,7 +19,8 @@ from infra.schemas import CONTRACTS, MESSAGES, RESERVED, MessageType, pattern_of
 Document = dict[str, Any]
 
 PATH: Final = CONTRACTS / "asyncapi.json"
-REPLIES: Final = "ledger_replies"
+# Those that answer requests: each has a channel of its replies.
+ANSWERING: Final = ("ledger", "keyvault")
 
 _PARAMETERS: Final[dict[str, Document]] = {
     "partition": {
@@ -44,7 +45,7 @@ def generate() -> Document:
             "license": {"name": "Apache-2.0"},
         },
         "defaultContentType": "application/json",
-        "channels": channels | {REPLIES: _replies()},
+        "channels": channels | {_replies_name(service): _replies(service) for service in ANSWERING},
         "operations": dict(sorted(_operations().items())),
         "components": {
             "messages": {message.name: _message(message) for message in MESSAGES},
@@ -137,14 +138,20 @@ def _channel(address: str) -> Document:
     return channel
 
 
-def _replies() -> Document:
+def _replies_name(service: str) -> str:
+    return f"{service}_replies"
+
+
+def _replies_of(service: str) -> list[MessageType]:
+    return [each for each in MESSAGES if each.kind == "reply" and each.name.startswith(f"rpc.{service}.")]
+
+
+def _replies(service: str) -> Document:
     return {
         "address": None,
         "description": "The caller's inbox, named in the request. One reply per request.",
         "messages": {
-            message.name: {"$ref": f"#/components/messages/{message.name}"}
-            for message in MESSAGES
-            if message.kind == "reply"
+            message.name: {"$ref": f"#/components/messages/{message.name}"} for message in _replies_of(service)
         },
     }
 
@@ -179,12 +186,12 @@ def _operation(action: str, address: str, service: str) -> Document:
         "messages": [{"$ref": f"#/channels/{channel}/messages/{each.name}"} for each in _messages_at(address)],
     }
     if any(message.kind == "command" for message in _messages_at(address)):
+        answering = address.split(".")[1]
+        replies = _replies_name(answering)
         operation["reply"] = {
-            "channel": {"$ref": f"#/channels/{REPLIES}"},
+            "channel": {"$ref": f"#/channels/{replies}"},
             "messages": [
-                {"$ref": f"#/channels/{REPLIES}/messages/{message.name}"}
-                for message in MESSAGES
-                if message.kind == "reply"
+                {"$ref": f"#/channels/{replies}/messages/{message.name}"} for message in _replies_of(answering)
             ],
         }
     return operation

@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel
 
-from contracts import ledger, usage
+from contracts import keyvault, ledger, usage
 from contracts.envelope import UsageEvent
 from contracts.metering import CHARGES_RATED, ChargesRated
 
@@ -41,8 +41,8 @@ class MessageType:
 
 def _fact(model: type[BaseModel]) -> MessageType:
     name: str = model.model_fields["type"].default
-    _, noun, verb, version = name.split(".")
-    return MessageType(name, "event", model, f"ledger.{version}.{ANY_PARTITION}.{noun}.{verb}")
+    service, noun, verb, version = name.split(".")
+    return MessageType(name, "event", model, f"{service}.{version}.{ANY_PARTITION}.{noun}.{verb}")
 
 
 def _command(model: type[BaseModel]) -> MessageType:
@@ -50,6 +50,12 @@ def _command(model: type[BaseModel]) -> MessageType:
     return MessageType(
         f"rpc.ledger.{command}.v1", "command", model, f"rpc.ledger.v1.{ANY_PARTITION}.{command}.{{principal}}"
     )
+
+
+def _key_command(model: type[BaseModel]) -> MessageType:
+    # Keys are found by their hash: whoever asks does not know the partition.
+    command: str = model.model_fields["command"].default
+    return MessageType(f"rpc.keyvault.{command}.v1", "command", model, f"rpc.keyvault.v1.{command}.{{principal}}")
 
 
 MESSAGES: Final = (
@@ -68,6 +74,14 @@ MESSAGES: Final = (
     MessageType("rpc.ledger.reply.accepted.v1", "reply", ledger.Accepted),
     MessageType("rpc.ledger.reply.refused.v1", "reply", ledger.Refused),
     MessageType("rpc.ledger.reply.failed.v1", "reply", ledger.Failed),
+    _fact(keyvault.KeyCreated),
+    _fact(keyvault.KeyDisabled),
+    _fact(keyvault.KeyPolicyChanged),
+    _key_command(keyvault.VerifyKey),
+    _key_command(keyvault.LeaseSecret),
+    MessageType("rpc.keyvault.reply.verified.v1", "reply", keyvault.Verified),
+    MessageType("rpc.keyvault.reply.leased.v1", "reply", keyvault.Leased),
+    MessageType("rpc.keyvault.reply.refused.v1", "reply", keyvault.KeyRefused),
 )
 
 # Subjects that streams and permissions know and no message exists for yet.
@@ -75,11 +89,8 @@ RESERVED: Final = (
     f"metering.v1.{ANY_PARTITION}.reversals.requested",
     f"billing.v1.{ANY_PARTITION}.payment.{{verb}}",
     "billing.v1.stripe.received",
-    f"keyvault.v1.{ANY_PARTITION}.key.{{verb}}",
     f"rpc.ledger.v1.{ANY_PARTITION}.extend_hold.{{principal}}",
     f"rpc.ledger.v1.{ANY_PARTITION}.debit.{{principal}}",
-    "rpc.keyvault.v1.verify.{principal}",
-    "rpc.keyvault.v1.lease.{principal}",
 )
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 import httpx2
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from contracts.streams import OPERATOR
@@ -93,7 +93,7 @@ def list_letters(
     limit: Annotated[int, typer.Option(min=1, help="How many of each service at most.")] = 50,
 ) -> None:
     """List dead letters, newest first."""
-    table = Table("service", "id", "received", "subject", "why", "handed in again")
+    table = Table("service", Column("id", no_wrap=True), "received", "subject", "why", "handed in again")
     more = False
     for desk in _desks(service):
         for number, letter in enumerate(desk.letters(redriven=redriven)):

@@ -36,6 +36,7 @@ class _UnitRow(BaseModel):
     kind: Literal["money", "cap"]
     scale: Annotated[int, Field(ge=0, le=SCALE_MAX, strict=True)]
     own_key_counts: bool = False
+    mirrors: UnitName | None = None
 
 
 _UNITS: TypeAdapter[Sequence[_UnitRow]] = TypeAdapter(Sequence[_UnitRow])
@@ -53,4 +54,15 @@ def load_catalogue(path: Path) -> Catalogue:
         raise InvalidCatalogue(f"{path.name} names no units")
     if len(units) != len(rows):
         raise InvalidCatalogue(f"{path.name} names a unit twice")
+    for unit in units.values():
+        if unit.mirrors is not None:
+            _check_mirror(unit, units, file=path.name)
     return Catalogue(units=units, sections=raw)
+
+
+def _check_mirror(unit: Unit, units: Mapping[str, Unit], *, file: str) -> None:
+    money = units.get(unit.mirrors or "")
+    if unit.kind != "cap" or money is None or money.kind != "money" or money.scale != unit.scale:
+        raise InvalidCatalogue(
+            f"{file}: unit {unit.name} cannot mirror {unit.mirrors}: a cap mirrors a money unit of the same scale"
+        )

@@ -162,10 +162,11 @@ async def durability(connection: AsyncConnection[TupleRow]) -> dict[str, str]:
 
 
 def bootstrap(admin_url: SecretStr, *, database: str, passwords: Mapping[str, SecretStr]) -> None:
-    """Create the database, and per service its schema and two roles; run again, it only sets passwords and rights.
+    """Create the database, and per service its schemas and two roles; run again, it only sets passwords and rights.
 
     `passwords` has a `<service>` and a `<service>_owner` for every service. The owner role owns the schema `<service>`
-    and migrates it; the runtime role may use the schema, and each table as that table's migration grants it.
+    and migrates it, and `<service>_shadow`, where it rebuilds projections; the runtime role may use the first, and each
+    table as that table's migration grants it.
     """
     services = sorted(role.removesuffix("_owner") for role in passwords if role.endswith("_owner"))
     if set(passwords) != {*services, *(f"{service}_owner" for service in services)}:
@@ -231,12 +232,19 @@ def _set_rights(inside: Connection[TupleRow], *, database: str, services: list[s
     _run(inside, "REVOKE ALL ON DATABASE {database} FROM PUBLIC", database=database)
     _run(inside, "REVOKE ALL ON SCHEMA public FROM PUBLIC")
     for service in services:
-        names = {"database": database, "service": service, "owner": f"{service}_owner"}
+        names = {
+            "database": database,
+            "service": service,
+            "owner": f"{service}_owner",
+            "shadow": f"{service}_shadow",
+        }
         _run(inside, "GRANT CONNECT ON DATABASE {database} TO {owner}, {service}", **names)
         # A batch is copied into a temporary table first.
         _run(inside, "GRANT TEMPORARY ON DATABASE {database} TO {service}", **names)
         _run(inside, "CREATE SCHEMA IF NOT EXISTS {service} AUTHORIZATION {owner}", **names)
-        _run(inside, "REVOKE ALL ON SCHEMA {service} FROM PUBLIC", **names)
+        # Where the owner rebuilds projections; nobody else sees it.
+        _run(inside, "CREATE SCHEMA IF NOT EXISTS {shadow} AUTHORIZATION {owner}", **names)
+        _run(inside, "REVOKE ALL ON SCHEMA {service}, {shadow} FROM PUBLIC", **names)
         _run(inside, "GRANT USAGE ON SCHEMA {service} TO {service}", **names)
         for role in ("{service}", "{owner}"):
             # pg_temp last: a temporary table never hides one of the schema.

@@ -115,11 +115,13 @@ class Trimmer:
         streams: Sequence[Stream] = STREAMS,
         consumers: Sequence[Consumer] = CONSUMERS,
         every_seconds: float = EVERY_SECONDS,
+        timeout_seconds: float = TIMEOUT_SECONDS,
     ) -> None:
         self._client = client
         self._streams = [stream for stream in streams if stream.trimmed_by == service]
         self._consumers = consumers
         self._every_seconds = every_seconds
+        self._timeout_seconds = timeout_seconds
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
@@ -176,7 +178,7 @@ class Trimmer:
     async def _ask(self, subject: str, shape: type[Answer], question: object = None) -> Answer:
         body = b"" if question is None else msgspec.json.encode(question)
         try:
-            message = await self._client.request(subject, body, timeout=TIMEOUT_SECONDS)
+            message = await self._client.request(subject, body, timeout=self._timeout_seconds)
             answer = msgspec.json.decode(message.data, type=shape)
         except (nats.errors.Error, OSError, msgspec.DecodeError) as error:
             raise TrimFailed(f"{subject}: {type(error).__name__}: {error}") from error

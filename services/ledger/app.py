@@ -64,7 +64,7 @@ def build(settings: LedgerSettings) -> FastAPI:
 
 @asynccontextmanager
 async def _running(settings: LedgerSettings, readiness: Readiness) -> AsyncIterator[Backend]:
-    units = Units(load_catalogue(settings.catalogue_file).units)
+    units = Units.of(load_catalogue(settings.catalogue_file).units)
     async with AsyncExitStack() as stack:
 
         def writer(name: str) -> Writer:

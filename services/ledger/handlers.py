@@ -204,15 +204,24 @@ class Ledger:
             raise
         for one in written:
             self._committed(one)
+        self._forget_some()
         return results
 
     def _committed(self, written: Written) -> None:
         if (owned := self._owned.get(written.after.partition)) is not None:
             owned.head = written.after
             owned.state.written()
-            share = max(len(self._owned), 1)
-            owned.state.shrink(accounts_max=ACCOUNTS_KEPT_MAX // share, holds_max=HOLDS_KEPT_MAX // share)
         self._on_committed(written.outbox)
+
+    def _forget_some(self) -> None:
+        """Keep memory flat: of what is too much, each partition forgets what is beyond its share."""
+        states = [owned.state for owned in self._owned.values()]
+        if (
+            sum(len(state.accounts) for state in states) > ACCOUNTS_KEPT_MAX
+            or sum(len(state.holds) for state in states) > HOLDS_KEPT_MAX
+        ):
+            for state in states:
+                state.shrink(accounts_max=ACCOUNTS_KEPT_MAX // len(states), holds_max=HOLDS_KEPT_MAX // len(states))
 
     def _needs(self, items: Sequence[Item], *, look_up_lines: bool) -> Needs:
         """What is not in memory."""

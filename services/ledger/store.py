@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cache
 from typing import Any, Final
 
@@ -11,7 +12,7 @@ from psycopg.rows import TupleRow
 from sqlalchemy import Table
 from sqlalchemy.dialects import postgresql
 
-from services.kit import dead_letters, outbox
+from services.kit import dead_letters
 from services.kit.dead_letters import Letter
 from services.kit.outbox import OutboxRow
 from services.ledger import tables
@@ -80,7 +81,7 @@ async def take_heads(connection: Connection, epochs: Mapping[int, int]) -> dict[
         )
         UPDATE heads h SET epoch = mine.epoch FROM mine WHERE h.partition = mine.partition
         """,
-        [list(epochs), list(epochs.values())],
+        _columns(epochs.items()),
     )
     heads = await read_heads(connection, epochs)
     return {partition: head for partition, head in heads.items() if head.epoch == epochs[partition]}
@@ -153,7 +154,7 @@ async def write(connection: Connection, batch: Sequence[Written]) -> None:
             await _insert(connection, tables.charge_lines, [row for one in batch for row in one.lines])
             for table in tables.PROJECTIONS:
                 await _upsert(connection, table, [row for one in batch for row in one.projections[table.name]])
-            await outbox.stage(connection, [row for one in batch for row in one.outbox])
+            await _insert(connection, tables.outbox, [_outbox_row(row) for one in batch for row in one.outbox])
             await dead_letters.record(connection, [letter for one in batch for letter in one.letters])
             await connection.commit()
     except psycopg.Error as error:
@@ -205,6 +206,10 @@ def _entry_row(written: Written, recorded: Recorded) -> Row:
     )
 
 
+def _outbox_row(row: OutboxRow) -> Row:
+    return (row.partition, row.number, row.subject, row.message_id, row.payload, row.recorded_at)
+
+
 async def _insert(connection: Connection, table: Table, rows: Sequence[Row]) -> None:
     if rows:
         await connection.execute(_insert_statement(table), _columns(rows))
@@ -215,8 +220,50 @@ async def _upsert(connection: Connection, table: Table, rows: Sequence[Row]) -> 
         await connection.execute(_insert_statement(table) + _replacing(table), _columns(rows))
 
 
-def _columns(rows: Iterable[Sequence[Any]]) -> list[list[Any]]:
-    return [list(column) for column in zip(*rows, strict=True)]
+def _columns(rows: Iterable[Sequence[Any]]) -> list[str]:
+    """Rows as one array literal per column. psycopg's own array dumper took more time than deciding and the server."""
+    return [_array(column) for column in zip(*rows, strict=True)]
+
+
+def _array(values: Sequence[Any]) -> str:
+    """An array literal of integers, booleans, texts, times or bytes, and nulls."""
+    if None in values:
+        return "{" + ",".join(["NULL" if value is None else f'"{_quoted(_text(value))}"' for value in values]) + "}"
+    match values[0]:
+        case bool():
+            return "{" + ",".join(["t" if value else "f" for value in values]) + "}"
+        case int():
+            return "{" + ",".join(map(str, values)) + "}"
+        case str():
+            texts = values
+        case _:
+            texts = [_text(value) for value in values]
+    joined = _SEPARATOR.join(texts)
+    if joined.count(_SEPARATOR) != len(values) - 1:
+        return "{" + ",".join([f'"{_quoted(text)}"' for text in texts]) + "}"
+    return '{"' + _quoted(joined).replace(_SEPARATOR, '","') + '"}'
+
+
+# Seldom part of a text; looked for before it is relied on.
+_SEPARATOR: Final = "\x1f"
+
+
+def _quoted(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def _text(value: Any) -> str:
+    match value:
+        case str():
+            return value
+        case bool():
+            return "t" if value else "f"
+        case bytes():
+            return f"\\x{value.hex()}"
+        case datetime():
+            return value.isoformat()
+        case _:
+            return str(value)
 
 
 @cache

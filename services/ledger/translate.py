@@ -253,7 +253,7 @@ class _Scope(msgspec.Struct, forbid_unknown_fields=True):
 
 class _Line(msgspec.Struct, forbid_unknown_fields=True):
     source: _Text
-    event_id: _Text
+    event_id: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
     account: Annotated[str, msgspec.Meta(max_length=400)]
     occurred_at: Annotated[datetime, msgspec.Meta(tz=True)]
     scope: _Scope

@@ -7,7 +7,7 @@ import asyncio
 import gc
 import os
 import signal
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
 
@@ -33,6 +33,7 @@ from services.kit.reader import PullReader
 from services.kit.telemetry import configure_logging, get_logger
 from services.kit.trimmer import Trimmer
 from services.metering import handlers, translate
+from services.metering.domain.prices import PriceBook
 from services.metering.handlers import Known
 from services.metering.routes import Backend, routers
 from services.metering.settings import MeteringSettings
@@ -126,23 +127,10 @@ async def _running(settings: MeteringSettings, readiness: Readiness) -> AsyncIte
             price_book=price_book,
             known=Known(),
             notify=notify,
+            attempt_seconds_max=consumer.ack_wait_seconds / 3,
         )
         subscribe_directory(broker, settings, writer=directory_writer, price_book=price_book, notify=notify)
         trimmer = Trimmer(client, service=SERVICE)
-
-        async def redrive(letter: DeadLetter) -> None:
-            if letter.stream == LEDGER:
-                own = Writer(_url(settings, transaction_timeout=TRANSACTION_TIMEOUT), name=f"{SERVICE}-redrive")
-                try:
-                    fact = translate.read_account_opened(letter.payload)
-                    notify(await handlers.open_account(fact, writer=own, price_book=price_book))
-                finally:
-                    await own.close()
-                return
-            try:
-                await publish(client, stream=USAGE, message=translate.redriven(letter, received_at=now()))
-            except PublishFailed as error:
-                raise Problem(503, "not_confirmed", f"{error}; re-driving it again is safe") from error
 
         tasks = [
             _started(relay.run(), name="relay"),
@@ -152,11 +140,34 @@ async def _running(settings: MeteringSettings, readiness: Readiness) -> AsyncIte
         ]
         await broker.start()
         try:
-            yield Backend(nats=client, pool=pool, redrive=redrive)
+            yield Backend(
+                nats=client, pool=pool, redrive=_redriver(settings, client=client, price_book=price_book, notify=notify)
+            )
         finally:
             for stop in (usage.stop, leases.stop, relay.stop, trimmer.stop):
                 stop()
             await _ended(tasks, seconds=settings.shutdown_seconds / 2)
+
+
+def _redriver(
+    settings: MeteringSettings, *, client: Client, price_book: PriceBook, notify: Callable[[Sequence[OutboxRow]], None]
+) -> Callable[[DeadLetter], Awaitable[None]]:
+    async def redrive(letter: DeadLetter) -> None:
+        if letter.stream == LEDGER:
+            # Metering may not publish what the ledger says: it takes it in directly.
+            writer = Writer(_url(settings, transaction_timeout=TRANSACTION_TIMEOUT), name=f"{SERVICE}-redrive")
+            try:
+                fact = translate.read_account_opened(letter.payload)
+                notify(await handlers.open_account(fact, writer=writer, price_book=price_book))
+            finally:
+                await writer.close()
+            return
+        try:
+            await publish(client, stream=USAGE, message=translate.redriven(letter, received_at=now()))
+        except PublishFailed as error:
+            raise Problem(503, "not_confirmed", f"{error}; re-driving it again is safe") from error
+
+    return redrive
 
 
 def _url(settings: MeteringSettings, **options: str) -> SecretStr:

@@ -12,6 +12,7 @@ from typing import Final, assert_never
 
 from nats.aio.msg import Msg
 
+from contracts.envelope import Problem
 from contracts.ledger import AccountOpened
 from contracts.partition import partition_of
 from contracts.pricing import Rated
@@ -21,6 +22,7 @@ from services.kit.database import Writer
 from services.kit.dead_letters import Letter
 from services.kit.dead_letters import record as record_letters
 from services.kit.outbox import OutboxRow, stage
+from services.kit.telemetry import FAULTS, get_logger
 from services.metering import store, translate
 from services.metering.domain.charging import (
     Bundle,
@@ -36,6 +38,8 @@ from services.metering.domain.prices import NoPrice, PriceBook
 from services.metering.domain.usage import Key, Usage
 from services.metering.store import COUNTERS, ChargedLine, Connection, Counts
 from services.metering.translate import Priced
+
+log = get_logger(__name__)
 
 # Set-aside use charged in one transaction when its account opens; the rest follows in further ones.
 SET_ASIDE_ROWS_MAX: Final = 5_000
@@ -86,15 +90,14 @@ class Reading:
     def add(self, messages: Iterable[Msg]) -> None:
         """Read a slice."""
         for message in messages:
-            match translate.read_delivery(message, received_at=self._received_at):
-                case Usage() as usage:
-                    self._usages.append(usage)
-                    if usage.key not in self._prices:
-                        self._price(usage)
-                case Letter() as letter:
-                    self._letters.append(letter)
-                case never:
-                    assert_never(never)
+            try:
+                self._add(message)
+            except Exception as error:
+                # Reading is pure: what fails once fails always, and must not hold up what is behind it.
+                FAULTS.labels(place="metering.read").inc()
+                log.exception("event not readable by a fault of ours, dead-lettered", subject=message.subject)
+                problem = Problem("", f"a fault of ours: {type(error).__name__}: {error}")
+                self._letters.append(translate.dead(message, [problem]))
 
     def batch(self) -> Batch:
         """All that was read."""
@@ -107,10 +110,22 @@ class Reading:
             received_at=self._received_at,
         )
 
+    def _add(self, message: Msg) -> None:
+        match translate.read_delivery(message, received_at=self._received_at):
+            case Usage() as usage:
+                if usage.key not in self._prices:
+                    self._price(usage)
+                self._usages.append(usage)
+            case Letter() as letter:
+                self._letters.append(letter)
+            case never:
+                assert_never(never)
+
     def _price(self, usage: Usage) -> None:
-        price = self._prices[usage.key] = self._price_book.price(usage)
+        price = self._price_book.price(usage)
         if isinstance(price, Rated):
             self._priced[usage.key] = translate.priced(usage, price, units=self._price_book.units)
+        self._prices[usage.key] = price
 
 
 async def ingest(batch: Batch, *, writer: Writer, known: Known) -> Ingested:
@@ -285,7 +300,7 @@ async def _record_letters(connection: Connection, letters: Sequence[Letter], tal
             key = (letter.partition or 0, translate.reporter_of(letter.subject))
             by_reporter.setdefault(key, []).append(letter)
     for key, of_reporter in sorted(by_reporter.items()):
-        recorded = await record_letters(connection, of_reporter)
+        recorded = await record_letters(connection, sorted(of_reporter, key=lambda letter: letter.stream_sequence))
         tally.setdefault(key, Counts()).dead += recorded
 
 

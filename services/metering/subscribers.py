@@ -50,8 +50,6 @@ LAG_SECONDS: Final = Gauge(
 
 RETRY_SECONDS_MIN: Final = 0.1
 RETRY_SECONDS_MAX: Final = 5.0
-# Below half of ack_wait, so that a batch that waits for its database is not delivered again meanwhile.
-ATTEMPT_SECONDS_MAX: Final = 10.0
 BATCH_BYTES_MAX: Final = 16 << 20
 READ_SLICE: Final = 500
 
@@ -79,14 +77,19 @@ class UsageSubscriber:
         price_book: PriceBook,
         known: Known,
         notify: Callable[[Sequence[OutboxRow]], None],
+        attempt_seconds_max: float = 10.0,
     ) -> None:
-        """`writer` is the subscriber's own. `notify` is told what has been committed to the outbox."""
+        """`writer` is the subscriber's own. `notify` is told what has been committed to the outbox.
+
+        `attempt_seconds_max` is well below the consumer's ack_wait: after each attempt more time is asked for.
+        """
         self._reader = reader
         self._durable = durable
         self._writer = writer
         self._price_book = price_book
         self._known = known
         self._notify = notify
+        self._attempt_seconds_max = attempt_seconds_max
         self._read: asyncio.Queue[_Work | None] = asyncio.Queue(maxsize=1)
         self._stopping = False
 
@@ -142,7 +145,7 @@ class UsageSubscriber:
         self._report(messages, ingested)
 
     async def _attempt(self, batch: Batch) -> Ingested:
-        async with asyncio.timeout(ATTEMPT_SECONDS_MAX):
+        async with asyncio.timeout(self._attempt_seconds_max):
             return await handlers.ingest(batch, writer=self._writer, known=self._known)
 
     async def _put_aside(self, message: Msg, error: Exception) -> None:

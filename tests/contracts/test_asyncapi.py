@@ -126,11 +126,16 @@ def test_the_operations_are_the_permission_matrix() -> None:
 
 
 def test_every_command_is_answered_by_every_kind_of_reply() -> None:
-    replies = {message.name for message in MESSAGES if message.kind == "reply"}
     commands = {message.name for message in MESSAGES if message.kind == "command"}
     for operation in DOCUMENT["operations"].values():
         sent = {reference["$ref"].rsplit("/", 1)[1] for reference in operation["messages"]}
         if sent & commands:
+            service = min(sent).split(".")[1]
+            replies = {
+                message.name
+                for message in MESSAGES
+                if message.kind == "reply" and message.name.startswith(f"rpc.{service}.")
+            }
             assert {reference["$ref"].rsplit("/", 1)[1] for reference in operation["reply"]["messages"]} == replies
         else:
             assert "reply" not in operation

@@ -51,7 +51,7 @@ def test_every_subject_is_named() -> None:
         if message.kind == "event":
             assert f"`{as_documented(message.address)}`" in README
         if message.kind == "command":
-            assert f"`{message.address.split('.')[4]}`" in row_of(message.name)
+            assert f"`{message.address.split('.')[-2]}`" in row_of(message.name)
     for address in RESERVED:
         command = re.fullmatch(r"rpc\.ledger\.v1\.\{partition\}\.(\w+)\.\{principal\}", address)
         assert f"`{command[1] if command else as_documented(address)}`" in README

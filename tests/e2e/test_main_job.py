@@ -50,10 +50,10 @@ def test_the_busiest_account_has_what_the_independent_bill_leaves_it(stack: Scra
 
 
 def test_a_statement_lists_the_grant_and_charges(stack: ScratchStack) -> None:
-    statement = stack.scrip("statement", "demo-199")
+    statement = stack.scrip("statement", "demo-199", "--limit", "500")
     assert statement.returncode == 0, statement.stdout
-    assert "100" in statement.stdout
-    assert "charge" in statement.stdout.lower()
+    assert "granted" in statement.stdout
+    assert "charged" in statement.stdout
 
 
 def test_a_replay_of_the_journal_finds_the_same_balances(stack: ScratchStack) -> None:

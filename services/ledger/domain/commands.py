@@ -21,6 +21,15 @@ class Units:
     by_name: Mapping[str, Unit]
     mirrors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, units: Mapping[str, Unit]) -> "Units":
+        """The units, with what mirrors what read off them."""
+        mirrors: dict[str, tuple[str, ...]] = {}
+        for unit in units.values():
+            if unit.mirrors is not None:
+                mirrors[unit.mirrors] = (*mirrors.get(unit.mirrors, ()), unit.name)
+        return cls(units, mirrors)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenAccount:

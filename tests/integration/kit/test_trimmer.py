@@ -94,5 +94,5 @@ async def test_a_service_trims_its_own_streams_only(nats_account: NatsAccount) -
     assert {each.stream for each in CONSUMERS} >= {USAGE, CHARGES}
     demo = await nats_account.connect("demo")
     with pytest.raises(TrimFailed):
-        await trimmed(demo, stream(USAGE, keep_bytes_max=0), service="metering")
+        await Trimmer(demo, service="metering", timeout_seconds=0.3).trim(stream(USAGE, keep_bytes_max=0))
     await demo.close()

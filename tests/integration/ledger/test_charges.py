@@ -198,7 +198,6 @@ async def test_a_hold_that_was_charged_first_is_never_placed(driver: Driver) -> 
 
 
 async def test_replay_rebuilds_every_projection_and_notices_a_difference(driver: Driver, database: Database) -> None:
-    await driver.superuser.execute("CREATE SCHEMA IF NOT EXISTS ledger_shadow AUTHORIZATION ledger_owner")
     async with driver.running():
         for account in ("acme", "acme/ana", "other"):
             await driver.funded(account, "5")

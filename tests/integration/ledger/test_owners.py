@@ -191,7 +191,7 @@ async def test_an_owner_that_slept_through_its_deposition_doubles_nothing(
         for root in ROOTS:
             await driver.funded(root, "10")
         await driver.accepted(open_account("org0/ana", key="ana"))
-        gifts = [grant(root, "1", key="asleep") for root in ROOTS]
+        gifts = [grant(root, "1", key=f"asleep-{root}") for root in ROOTS]
         processes[0].send(signal.SIGSTOP)
         # It will find these in its buffers when it wakes up.
         asleep = [asyncio.create_task(until_accepted(partial(driver.command, each))) for each in gifts]
@@ -203,7 +203,7 @@ async def test_an_owner_that_slept_through_its_deposition_doubles_nothing(
             processes[0].send(signal.SIGCONT)
             await until_owned(driver, owners=2)
             for root in ROOTS:
-                assert (await driver.accepted(grant(root, "1", key="asleep"))).replayed
+                assert (await driver.accepted(grant(root, "1", key=f"asleep-{root}"))).replayed
             assert (
                 await driver.refused(place_hold(new_hold_id("org0"), hold_leg("usd", "1"), account="org0", key="more"))
             ).code == "insufficient_funds"

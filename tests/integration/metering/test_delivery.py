@@ -19,7 +19,7 @@ from services.kit.clock import now
 from services.kit.database import Writer
 from services.kit.dead_letters import list_letters
 from services.kit.reader import PullReader
-from services.metering import handlers, store
+from services.metering import handlers, store, translate
 from services.metering.domain.usage import Usage
 from services.metering.handlers import Known
 from services.metering.subscribers import UsageSubscriber
@@ -216,6 +216,26 @@ async def test_what_postgres_cannot_store_is_dead_lettered_alone(
     }
     (letter,) = await list_letters(driver.connection, limit=10)
     assert "unsupported Unicode escape sequence" in letter.reason
+
+
+async def test_what_we_fail_to_read_is_dead_lettered_alone(
+    driver: Driver, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    priced = translate.priced
+
+    def failing_once(usage: Usage, *arguments: Any, **named: Any) -> translate.Priced:
+        if usage.event_id == "use-13":
+            raise ZeroDivisionError("a mistake of ours")
+        return priced(usage, *arguments, **named)
+
+    monkeypatch.setattr(translate, "priced", failing_once)
+    await open_all(driver, writer)
+    await driver.publish(event(number) for number in range(100))
+    async with subscriber(driver):
+        await eventually(lambda: acknowledged(driver), seconds=15)
+    assert len(await driver.charged()) == 99
+    (letter,) = await list_letters(driver.connection, limit=10)
+    assert "a mistake of ours" in letter.reason
 
 
 async def test_an_event_that_fails_for_no_known_reason_holds_up_nobody_and_is_tried_again(

@@ -289,4 +289,4 @@ class Ledger(RuleBasedStateMachine):
 
 
 TestLedger = Ledger.TestCase
-TestLedger.settings = settings(max_examples=40, stateful_step_count=30, report_multiple_bugs=False)
+TestLedger.settings = settings(max_examples=100, stateful_step_count=40, report_multiple_bugs=False)

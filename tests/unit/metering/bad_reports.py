@@ -8,7 +8,7 @@ from tests.unit.metering.building import body, event
 
 
 def _ahead() -> str:
-    return (datetime.now(UTC) + timedelta(minutes=6)).isoformat()
+    return (datetime.now(UTC) + timedelta(days=1)).isoformat()
 
 
 def _without(name: str) -> bytes:

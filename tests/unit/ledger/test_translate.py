@@ -1,0 +1,132 @@
+"""Laws of the boundary: the fast reading of a bundle takes what the contract takes, and names what it does not."""
+
+import json
+from typing import Any
+
+import pytest
+
+from contracts import ledger as words
+from contracts.money import Unit
+from contracts.partition import partition_of
+from contracts.streams import charges_rated_subject
+from services.ledger.domain.commands import ChargeLine, Units
+from services.ledger.translate import (
+    BadLine,
+    Invalid,
+    UnreadableBundle,
+    body_hash,
+    body_problems,
+    read_bundle,
+    read_command,
+)
+from tests.builders import charge_line, charges_rated, grant, hold_leg, open_account, place_hold
+
+UNITS = Units({"usd": Unit("usd", "money", 9), "tokens": Unit("tokens", "cap", 0)})
+SUBJECT = charges_rated_subject(partition_of("acme"))
+HOLD = f"hold_{partition_of('acme'):02d}_01980000-0000-7000-8000-000000000000"
+
+
+def body_of(*lines: dict[str, Any]) -> bytes:
+    bundle = json.loads(charges_rated().model_dump_json())
+    return json.dumps(bundle | {"lines": list(lines)}).encode()
+
+
+def as_json(**change: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(charge_line(hold=HOLD).model_dump_json())
+    return found | change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"hold": None},
+        {"amounts": []},
+        {"amounts": [{"unit": "usd", "amount": "0.000000001"}, {"unit": "tokens", "amount": "12"}]},
+        {"occurred_at": "2026-07-01T14:00:00.5+02:00"},
+        {"revision": 3, "own_key": True},
+        {"event_id": "ünïcode 🐑"},
+    ],
+)
+def test_what_the_contract_takes_is_read_the_same_fast_and_slowly(change: dict[str, Any]) -> None:
+    line = as_json(**change)
+    (fast,) = read_bundle(SUBJECT, body_of(line), UNITS).lines
+    # An escaped NUL anywhere makes every line be read slowly.
+    slow, _ = read_bundle(SUBJECT, body_of(line, {"x": "\x00"}), UNITS).lines
+    assert isinstance(fast, ChargeLine)
+    assert fast == slow
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"account": "acme//ana"},
+        {"account": "other"},
+        {"amounts": [{"unit": "sheep", "amount": "1"}]},
+        {"amounts": [{"unit": "usd", "amount": 1}]},
+        {"amounts": [{"unit": "usd", "amount": "1e3"}]},
+        {"amounts": [{"unit": "usd", "amount": "-1"}]},
+        {"amounts": [{"unit": "tokens", "amount": "0.5"}]},
+        {"amounts": [{"unit": "usd", "amount": "1"}, {"unit": "usd", "amount": "1"}]},
+        {"occurred_at": "yesterday"},
+        {"occurred_at": 1},
+        {"occurred_at": "9999-12-31T23:59:59-10:00"},
+        {"hold": "hold_63_01980000-0000-7000-8000-000000000000"},
+        {"hold": HOLD.replace("hold", "lot")},
+        {"event_id": ""},
+        {"event_id": "x" * 257},
+        {"event_id": "nul\x00"},
+        {"revision": -1},
+        {"revision": 2**40},
+        {"surprise": 1},
+        {"scope": None},
+    ],
+)
+def test_a_bad_line_is_found_and_its_neighbours_are_read(change: dict[str, Any]) -> None:
+    lines = read_bundle(SUBJECT, body_of(as_json(), as_json(**change), as_json()), UNITS).lines
+    assert [type(line) for line in lines] in (
+        [ChargeLine, BadLine, ChargeLine],
+        # Refused when it is decided: an amount below zero, an account that cannot be open.
+        [ChargeLine, ChargeLine, ChargeLine],
+    )
+    if isinstance(lines[1], ChargeLine):
+        assert lines[1].amounts[0][1] < 0 or "//" in lines[1].account
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"\xff", b"{}", b'{"lines": []}', b"[" * 100_000, body_of(), body_of(*[{}] * 1001)]
+)
+def test_what_is_no_bundle_is_unreadable(body: bytes) -> None:
+    with pytest.raises(UnreadableBundle):
+        read_bundle(SUBJECT, body, UNITS)
+
+
+def test_a_bundle_of_another_partition_is_unreadable() -> None:
+    with pytest.raises(UnreadableBundle):
+        read_bundle(charges_rated_subject(0), body_of(as_json()), UNITS)
+
+
+def test_all_problems_of_a_command_are_named() -> None:
+    legs = (hold_leg("sheep", "1"), hold_leg("usd", "-2", "-1"), hold_leg("tokens", "0.5"))
+    with pytest.raises(Invalid) as caught:
+        read_command(place_hold(HOLD, *legs, account="other"), UNITS)
+    assert {problem.pointer for problem in caught.value.problems} == {
+        "/hold",
+        "/legs/0/unit",
+        "/legs/1/at_least",
+        "/legs/1/at_most",
+        "/legs/2/at_least",
+        "/legs/2/at_most",
+    }
+
+
+def test_units_and_amounts_are_looked_at_in_what_is_no_command() -> None:
+    body = {"account": 7, "legs": [{"unit": "sheep"}, {"unit": "usd", "at_least": "-1", "at_most": 2.5}, None]}
+    assert {problem.pointer for problem in body_problems(body, UNITS)} == {"/legs/0/unit", "/legs/1/at_least"}
+
+
+def test_a_body_hash_is_of_what_is_asked_and_not_of_how() -> None:
+    assert body_hash(grant(key="1")) == body_hash(grant(key="2"))
+    assert body_hash(grant(amount="1")) != body_hash(grant(amount="2"))
+    spelt_out = words.OpenAccount(idempotency_key="k", account="acme", wallets=())
+    assert body_hash(spelt_out) == body_hash(open_account("acme"))
