@@ -65,7 +65,13 @@ class Permissions:
 
 
 STREAMS: Final = (
-    Stream(name=USAGE, subjects=("usage.v1.*.*",), trimmed_by="metering", bytes_max=4 * GIBIBYTE),
+    Stream(
+        name=USAGE,
+        subjects=("usage.v1.*.*",),
+        trimmed_by="metering",
+        bytes_max=4 * GIBIBYTE,
+        message_bytes_max=256 << 10,
+    ),
     Stream(name=CHARGES, subjects=("metering.v1.*.>",), trimmed_by="ledger", bytes_max=4 * GIBIBYTE),
     Stream(name=PAYMENTS, subjects=("billing.v1.*.payment.*",), trimmed_by="ledger"),
     Stream(name=STRIPE, subjects=("billing.v1.stripe.received",), trimmed_by="billing"),
@@ -85,7 +91,15 @@ BILLING_STRIPE_CONSUMER: Final = "billing-stripe"
 LEDGER_PAYMENTS_CONSUMER: Final = "ledger-payments"
 
 CONSUMERS: Final = (
-    Consumer(stream=USAGE, durable=METERING_CONSUMER, service="metering", filter_subject="usage.v1.*.*"),
+    Consumer(
+        stream=USAGE,
+        durable=METERING_CONSUMER,
+        service="metering",
+        filter_subject="usage.v1.*.*",
+        # Several processes share it, each with some 15,000 in hand; what a killed one had waits that long.
+        ack_wait_seconds=10,
+        ack_pending_max=60_000,
+    ),
     *(
         Consumer(
             stream=CHARGES,

@@ -124,8 +124,8 @@ def _embedded(directory: Path, *, secret: str, account_count: int) -> Iterator[t
 @contextmanager
 def _containers(_directory: Path, *, secret: str, account_count: int) -> Iterator[tuple[str, str]]:
     # Only here: without Docker nothing of it need be importable.
-    from testcontainers.community.nats import NatsContainer  # noqa: PLC0415
-    from testcontainers.community.postgres import PostgresContainer  # noqa: PLC0415
+    from testcontainers.community.nats import NatsContainer  # noqa: PLC0415  # see above
+    from testcontainers.community.postgres import PostgresContainer  # noqa: PLC0415  # see above
 
     configuration = (
         'listen: "0.0.0.0:4222"\nmax_payload: 8388608\n'
