@@ -108,7 +108,7 @@ CONSUMERS: Final = (
             filter_subject=f"metering.v1.{token(partition)}.>",
             ack_pending_max=1_000,
             # How long a partition's charges wait after its owner died with some of them in hand.
-            ack_wait_seconds=8,
+            ack_wait_seconds=10,
         )
         for partition in range(PARTITION_COUNT)
     ),
