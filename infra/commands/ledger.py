@@ -35,13 +35,17 @@ def register(app: typer.Typer) -> None:
 def account(
     path: Annotated[str, typer.Argument(help="The account's id: 1 to 4 segments, acme/ml/ana.")],
     *,
-    wallet: Annotated[list[str] | None, typer.Option(help="A unit to open a wallet of; may be repeated.")] = None,
+    wallet: Annotated[
+        list[str] | None,
+        typer.Option(help="A unit to open a wallet of; may be repeated. Without one, wallets above it pay."),
+    ] = None,
     key: Key = None,
 ) -> None:
     """Open an account, those above it, and wallets. What is open already stays as it is."""
-    body = {"account": path, "wallets": [{"unit": unit} for unit in wallet or ["usd"]]}
+    body = {"account": path, "wallets": [{"unit": unit} for unit in wallet or ()]}
     reply = _Ledger().command("/v1/accounts", body, key=key)
-    Console().print(f"{path} is open ({reply['transaction']})", markup=False, highlight=False)
+    wallets = f" with a wallet of {', '.join(wallet)}" if wallet else ""
+    Console().print(f"{path} is open{wallets} ({reply['transaction']})", markup=False, highlight=False)
 
 
 def grant(
