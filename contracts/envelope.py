@@ -93,7 +93,7 @@ def read_usage_event(body: bytes) -> tuple[UsageEvent, bytes]:
 def body_hash(raw: dict[str, Any]) -> bytes:
     """SHA-256 of what the producer sent in canonical form: sorted keys, no white space, nothing ingest filled in."""
     left_out = _NOT_CONTENT | {"time"} if raw.get(SERVER_FILLED) == "time" else _NOT_CONTENT
-    content = {name: value for name, value in raw.items() if name not in left_out}
+    content = raw if left_out.isdisjoint(raw) else {each: value for each, value in raw.items() if each not in left_out}
     return sha256(msgspec.json.encode(content, order="sorted")).digest()
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from contracts.accounts import AccountId
+from contracts.billing import ClaimId, ClaimReason, PaymentId
 from contracts.ids import HoldId, LotId, TransactionId
 from contracts.metering import ChargeLine
 from contracts.money import Amount, AmountText, UnitName
@@ -48,6 +49,7 @@ class OpenAccount(_Frozen):
 class Grant(_Frozen):
     """Add a lot to an open wallet; its debt is repaid first. `reference` says what for (a payment, a ticket).
 
+    A purchase, or a bonus, with the id of a payment as its reference is what claims on that payment take back.
     Refused as: unknown_unit, invalid_amount, invalid_time, account_not_open, wallet_not_open.
     """
 
@@ -109,8 +111,34 @@ class Charge(_Frozen):
     line: ChargeLine
 
 
-Command = Annotated[OpenAccount | Grant | PlaceHold | ReleaseHold | Charge, Field(discriminator="command")]
-COMMANDS: Final[TypeAdapter[OpenAccount | Grant | PlaceHold | ReleaseHold | Charge]] = TypeAdapter(Command)
+class ClaimPayment(_Frozen):
+    """A refund of, or a dispute over, part or all of what was granted for a payment; it may come before the grant.
+
+    A claim's state of the highest `revision` counts, of equal ones the latest: a lower one that comes late changes
+    nothing. Of all claims on a payment, `final` ones are clawed back, up to what was paid, and the bonus in proportion:
+    from what is left of the payment's lots at once, from what is held when it is released, and what was spent as debt.
+    A `void` one gives back what it took. Refused as: unknown_unit, invalid_amount, invalid_time, account_not_open,
+    wallet_not_open, account_differs.
+    """
+
+    command: Literal["claim_payment"] = "claim_payment"
+    idempotency_key: IdempotencyKey
+    account: AccountId
+    payment: PaymentId
+    claim: ClaimId
+    reason: ClaimReason
+    state: Literal["final", "void"]
+    claimed: Amount
+    revision: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
+    occurred_at: Time | None = None
+
+
+Command = Annotated[
+    OpenAccount | Grant | PlaceHold | ReleaseHold | Charge | ClaimPayment, Field(discriminator="command")
+]
+COMMANDS: Final[TypeAdapter[OpenAccount | Grant | PlaceHold | ReleaseHold | Charge | ClaimPayment]] = TypeAdapter(
+    Command
+)
 
 
 class Movement(_Frozen):
@@ -123,6 +151,14 @@ class Movement(_Frozen):
     held: AmountText
 
 
+class Remaining(_Frozen):
+    """What a wallet that a hold was placed on has available after it."""
+
+    account: AccountId
+    unit: UnitName
+    available: AmountText
+
+
 class Accepted(_Frozen):
     """The command's first accepted outcome; `replayed` if this very command had been accepted before."""
 
@@ -130,6 +166,7 @@ class Accepted(_Frozen):
     transaction: TransactionId
     recorded_at: Time
     movements: tuple[Movement, ...] = ()
+    remaining: tuple[Remaining, ...] = ()
     replayed: bool = False
 
 

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from decimal import ROUND_HALF_EVEN, Decimal, localcontext
-from typing import Literal, assert_never
+from decimal import ROUND_HALF_EVEN, Context, Decimal, localcontext
+from typing import Final, Literal, assert_never
+
+import msgspec
 
 from contracts.money import Unit
 from contracts.usage import ModelUsed
@@ -15,7 +17,7 @@ PRICE_MAX = 10**9
 PRICE_DECIMALS_MAX = 18
 PER_MAX = 10**9
 # With these bounds a billion tokens cost at most 18 digits before the point and 27 behind it: nothing is cut off.
-_PRECISION = 50
+_EXACT: Final = Context(prec=50)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +51,7 @@ class PriceVersion:
     rates: Mapping[tuple[str, str], tuple[Rate, ...]]
 
 
-@dataclass(frozen=True, slots=True)
-class LineItem:
+class LineItem(msgspec.Struct, frozen=True, gc=False):
     """One priced quantity, before rounding: what a receipt shows."""
 
     quantity: Quantity
@@ -61,8 +62,7 @@ class LineItem:
     exact: Decimal
 
 
-@dataclass(frozen=True, slots=True)
-class Rated:
+class Rated(msgspec.Struct, frozen=True, gc=False):
     """What a usage event costs: an integer of steps per unit, and the items that add up to it."""
 
     price_version: str
@@ -88,21 +88,20 @@ def rate(used: ModelUsed, *, price_version: PriceVersion, units: Mapping[str, Un
         raise Unpriced(provider=used.provider, model=used.model, price_version=price_version.id)
     exact: dict[str, Decimal] = {}
     items = []
-    with localcontext() as context:
-        context.prec = _PRECISION
+    # Not the methods of the context: operators within it are four times as fast.
+    with localcontext(_EXACT):
         for each in rates:
-            if used.own_key and not units[each.unit].own_key_counts:
+            unit, per = each.unit, each.per
+            if used.own_key and not units[unit].own_key_counts:
                 continue
             count = _count(used, each.quantity)
-            cost = each.price * count / each.per
-            exact[each.unit] = exact.get(each.unit, Decimal(0)) + cost
-            items.append(
-                LineItem(
-                    quantity=each.quantity, count=count, unit=each.unit, price=each.price, per=each.per, exact=cost
-                )
-            )
+            cost = each.price * count
+            if per != 1:
+                cost /= per
+            exact[unit] = exact[unit] + cost if unit in exact else cost
+            items.append(LineItem(each.quantity, count, unit, each.price, per, cost))
         amounts = {
-            unit: int((total * 10 ** units[unit].scale).to_integral_value(rounding=ROUND_HALF_EVEN))
+            unit: int((total * 10 ** units[unit].scale).to_integral_value(ROUND_HALF_EVEN))
             for unit, total in exact.items()
         }
     return Rated(price_version=price_version.id, amounts=amounts, items=tuple(items))

@@ -124,6 +124,7 @@ CONSUMERS: Final = (
         durable=BILLING_STRIPE_CONSUMER,
         service="billing",
         filter_subject="billing.v1.stripe.received",
+        ack_wait_seconds=10,
         ack_pending_max=1_000,
     ),
     Consumer(
@@ -131,6 +132,7 @@ CONSUMERS: Final = (
         durable=LEDGER_PAYMENTS_CONSUMER,
         service="ledger",
         filter_subject="billing.v1.*.payment.*",
+        ack_wait_seconds=10,
         ack_pending_max=1_000,
     ),
 )

@@ -7,12 +7,12 @@ from typing import Final
 import typer
 from rich.console import Console
 
-from infra.commands import dead_letters, demo, ledger, stack
+from infra.commands import dead_letters, demo, ledger, prices, stack, story
 from infra.errors import StackError
 
 DEBUG_VARIABLE: Final = "SCRIP_DEBUG"
 
-COMMANDS: Final = (stack, demo, ledger, dead_letters)
+COMMANDS: Final = (stack, demo, story, ledger, dead_letters, prices)
 
 app = typer.Typer(
     name="scrip",

@@ -5,7 +5,10 @@ StackError
 ├── BinaryMissing       the environment lacks a server's binary
 ├── ChildrenKeepDying   a process died too often within a minute
 ├── DiskFull
+├── NoDirectory
+├── NotReadable
 ├── NotWritable
+├── PortForbidden
 ├── PortInUse
 └── ServerFailed        a server did not start; carries the end of its log
 """
@@ -43,12 +46,29 @@ class DiskFull(StackError):
         super().__init__(f"The disk holding {directory} is full: free at least 1 GiB there and start again.")
 
 
+class NoDirectory(StackError):
+    def __init__(self, directory: Path) -> None:
+        super().__init__(f"{directory} is a file, or lies below one: choose another directory with SCRIP_STATE.")
+
+
+class NotReadable(StackError):
+    def __init__(self, directory: Path) -> None:
+        super().__init__(
+            f"{directory} belongs to another user: run this as that user, or choose another with SCRIP_STATE."
+        )
+
+
 class NotWritable(StackError):
     def __init__(self, directory: Path) -> None:
         super().__init__(
             f"{directory} cannot be written by this user: "
             "change its owner, or choose another directory with SCRIP_STATE."
         )
+
+
+class PortForbidden(StackError):
+    def __init__(self, port: int, what: str, variable: str) -> None:
+        super().__init__(f"This user may not listen on port {port} for {what}: choose another with {variable}=<port>.")
 
 
 class PortInUse(StackError):
@@ -69,5 +89,7 @@ def from_os_error(error: OSError, directory: Path) -> StackError | None:
             return NotWritable(directory)
         case errno.ENOSPC | errno.EDQUOT:
             return DiskFull(directory)
+        case errno.EEXIST | errno.ENOTDIR:
+            return NoDirectory(directory)
         case _:
             return None

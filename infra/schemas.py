@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel
 
-from contracts import keyvault, ledger, usage
+from contracts import billing, keyvault, ledger, usage
 from contracts.envelope import UsageEvent
 from contracts.metering import CHARGES_RATED, ChargesRated
 
@@ -71,9 +71,13 @@ MESSAGES: Final = (
     _command(ledger.PlaceHold),
     _command(ledger.ReleaseHold),
     _command(ledger.Charge),
+    _command(ledger.ClaimPayment),
     MessageType("rpc.ledger.reply.accepted.v1", "reply", ledger.Accepted),
     MessageType("rpc.ledger.reply.refused.v1", "reply", ledger.Refused),
     MessageType("rpc.ledger.reply.failed.v1", "reply", ledger.Failed),
+    MessageType("billing.stripe.received.v1", "event", billing.StripeReceived, billing.STRIPE_RECEIVED_SUBJECT),
+    _fact(billing.PaymentReceived),
+    _fact(billing.PaymentClaimed),
     _fact(keyvault.KeyCreated),
     _fact(keyvault.KeyDisabled),
     _fact(keyvault.KeyPolicyChanged),
@@ -87,8 +91,6 @@ MESSAGES: Final = (
 # Subjects that streams and permissions know and no message exists for yet.
 RESERVED: Final = (
     f"metering.v1.{ANY_PARTITION}.reversals.requested",
-    f"billing.v1.{ANY_PARTITION}.payment.{{verb}}",
-    "billing.v1.stripe.received",
     f"rpc.ledger.v1.{ANY_PARTITION}.extend_hold.{{principal}}",
     f"rpc.ledger.v1.{ANY_PARTITION}.debit.{{principal}}",
 )

@@ -367,12 +367,14 @@ def free_port() -> int:
 
 
 def port_is_free(port: int) -> bool:
-    """Whether a server could listen on this port of the loopback address now."""
+    """Whether a server could listen on this port of the loopback address now. PermissionError if we never may."""
     with socket.socket() as probe:
         # As the servers do: a connection in TIME_WAIT does not count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((LOOPBACK, port))
+        except PermissionError:
+            raise
         except OSError:
             return False
         return True

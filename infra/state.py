@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
 
-from infra.errors import AlreadyRunning, DiskFull, StackError, from_os_error
+from infra.errors import AlreadyRunning, DiskFull, NotReadable, StackError, from_os_error
 
 STATE_VARIABLE: Final = "SCRIP_STATE"
 DISK_FREE_BYTES_MIN: Final = 1 << 30
@@ -27,6 +27,8 @@ PORTS: Final[Mapping[str, int]] = {
     "billing": 8083,
     "keyvault": 8084,
     "console": 8085,
+    "provider": 8086,
+    "stripe": 8087,
     "nats": 8090,
     "nats_monitor": 8091,
     "postgres": 8092,
@@ -42,8 +44,22 @@ class Principal:
 
 
 PRINCIPALS: Final = (
-    Principal("operator", ("usage:write", "metering:read", "ledger:read", "ledger:write", "operate")),
+    Principal(
+        "operator",
+        (
+            "usage:write",
+            "metering:read",
+            "ledger:read",
+            "ledger:write",
+            "keyvault:read",
+            "keyvault:write",
+            "billing:read",
+            "billing:write",
+            "operate",
+        ),
+    ),
     Principal("demo", ("usage:write",)),
+    Principal("gateway", ("metering:read",)),
 )
 
 
@@ -76,6 +92,11 @@ class Layout:
         return self.directory / "service-tokens.json"
 
     @property
+    def keyring_file(self) -> Path:
+        """The keys that seal provider secrets: for keyvault alone."""
+        return self.directory / "keyring.json"
+
+    @property
     def run_file(self) -> Path:
         """What runs at the moment: process ids and ports."""
         return self.directory / "run.json"
@@ -87,11 +108,12 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """Passwords by NATS user, passwords by Postgres role, tokens by principal."""
+    """Passwords by NATS user, passwords by Postgres role, tokens by principal, and what simulated Stripe signs with."""
 
     nats: dict[str, str] = field(default_factory=dict, repr=False)
     postgres: dict[str, str] = field(default_factory=dict, repr=False)
     tokens: dict[str, str] = field(default_factory=dict, repr=False)
+    webhook_secret: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +207,8 @@ def holder(layout: Layout) -> int | None:
                 return int(text) if text.isdigit() else None
     except FileNotFoundError:
         pass
+    except PermissionError as error:
+        raise NotReadable(layout.directory) from error
     return None
 
 
@@ -218,6 +242,7 @@ def ensure_credentials(
         nats=known.nats | {user: _secret() for user in nats_users if user not in known.nats},
         postgres=known.postgres | {role: _secret() for role in postgres_roles if role not in known.postgres},
         tokens=known.tokens | {one.name: f"scrip_{_secret()}" for one in wanted if one.name not in known.tokens},
+        webhook_secret=known.webhook_secret or f"whsec_{_secret()}",
     )
     write_private(layout.credentials_file, _json(asdict(credentials)))
     hashes = [

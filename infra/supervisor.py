@@ -25,12 +25,26 @@ from rich.table import Table
 from sqlalchemy.exc import DBAPIError
 
 from contracts.streams import OPERATOR, USERS
-from infra import leftovers, processes, state
-from infra.errors import ChildrenKeepDying, PortInUse, ServerFailed, StackError
+from infra import leftovers, platform_secret, processes, state
+from infra.errors import ChildrenKeepDying, PortForbidden, PortInUse, ServerFailed, StackError
 from infra.nats_config import Account, accounts_config
 from infra.provision import Provisioned, operator, provision
 from infra.servers import LOOPBACK, SUPERUSER, EmbeddedNats, EmbeddedPostgres, port_is_free
+from infra.services import (
+    KEYVAULT,
+    OPENAI_KEY_VARIABLE,
+    PROVIDER,
+    SERVICES,
+    STRIPE,
+    STRIPE_KEY_VARIABLE,
+    Service,
+    Surroundings,
+    openai_key,
+    simulators,
+)
 from infra.state import Credentials, Layout, Run
+from services.keyvault.store import make_keyring_file
+from services.kit.catalogue import InvalidCatalogue, load_catalogue
 from services.kit.database import bootstrap, migrate
 
 DATABASE: Final = "scrip"
@@ -51,17 +65,6 @@ LOG_BYTES_MAX: Final = 8 << 20
 LOG_LINES_SHOWN: Final = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Service:
-    """A service of ours. Its name is also its schema, its NATS user and the name of its port."""
-
-    name: str
-    module: str
-
-
-SERVICES: Final = tuple(Service(name=name, module=f"services.{name}.app") for name in ("ledger", "metering"))
-
-
 class Interrupted(Exception):
     """SIGINT or SIGTERM came: stop what was started and end."""
 
@@ -80,7 +83,7 @@ class Managed(Protocol):
 
 
 class ServiceProcess:
-    """A service's process: `python -m services.<name>.app`, told everything by its environment."""
+    """A service's process, told everything by its environment."""
 
     def __init__(self, service: Service, *, environment: dict[str, str], log_file: Path) -> None:
         self.title = service.name
@@ -120,8 +123,9 @@ class Stack:
     @classmethod
     def prepared(cls, layout: Layout, *, services: tuple[Service, ...] = SERVICES) -> "Stack":
         """Make the directory and the missing credentials. The caller holds the directory's lock."""
-        roles = [SUPERUSER, *(role for service in services for role in (service.name, _owner(service)))]
+        roles = [SUPERUSER, *_roles(services)]
         credentials = state.ensure_credentials(layout, nats_users=[user.name for user in USERS], postgres_roles=roles)
+        make_keyring_file(layout.keyring_file)
         return cls(layout=layout, ports=state.ports(), credentials=credentials, services=services)
 
     def postgres(self) -> EmbeddedPostgres:
@@ -155,16 +159,20 @@ class Stack:
 
     def service_environment(self, service: Service) -> dict[str, str]:
         """What a service's settings are read from, on top of our own environment."""
-        return self.child_environment() | {
-            "SCRIP_SERVICE": service.name,
-            "SCRIP_NATS_URL": self.nats_url,
-            "SCRIP_NATS_USER": service.name,
-            "SCRIP_NATS_PASSWORD": self.credentials.nats[service.name],
-            "SCRIP_DATABASE_URL": self.database_url(service.name).get_secret_value(),
-            "SCRIP_HTTP_PORT": str(self.ports[service.name]),
-            "SCRIP_TOKENS_FILE": str(self.layout.tokens_file),
-            "SCRIP_CATALOGUE_FILE": str(CATALOGUE_FILE),
-        }
+        told = self.child_environment()
+        if service.has_nats:
+            told |= {
+                "SCRIP_SERVICE": service.name,
+                "SCRIP_NATS_URL": self.nats_url,
+                "SCRIP_NATS_USER": service.name,
+                "SCRIP_NATS_PASSWORD": self.credentials.nats[service.name],
+                "SCRIP_HTTP_PORT": str(self.ports[service.name]),
+                "SCRIP_TOKENS_FILE": str(self.layout.tokens_file),
+                "SCRIP_CATALOGUE_FILE": str(CATALOGUE_FILE),
+            }
+        if service.has_schema:
+            told["SCRIP_DATABASE_URL"] = self.database_url(service.name).get_secret_value()
+        return told | service.told(Surroundings(self.layout, self.ports, self.credentials))
 
     def child_environment(self) -> dict[str, str]:
         directory = str(self.layout.directory)
@@ -172,12 +180,12 @@ class Stack:
 
     def migrate(self) -> None:
         """Create roles and schemas, and bring every service's schema to its newest version. Postgres must run."""
-        roles = [role for service in self.services for role in (service.name, _owner(service))]
-        passwords = {role: SecretStr(self.credentials.postgres[role]) for role in roles}
+        passwords = {role: SecretStr(self.credentials.postgres[role]) for role in _roles(self.services)}
         try:
             bootstrap(self.database_url(SUPERUSER), database=DATABASE, passwords=passwords)
             for service in self.services:
-                migrate(service=service.name, owner_url=self.database_url(_owner(service)))
+                if service.has_schema:
+                    migrate(service=service.name, owner_url=self.database_url(_owner(service)))
         except (psycopg.Error, DBAPIError) as error:
             why = str(error).strip().splitlines()[0]
             raise StackError(f"The schemas could not be brought up to date ({why}): nothing was started.") from error
@@ -220,6 +228,7 @@ class Supervisor:
                 self._show()
                 while True:
                     self._pause()
+        self._console.print("Scrip has stopped.", markup=False)
         return code
 
     def interrupt(self) -> None:
@@ -228,6 +237,7 @@ class Supervisor:
 
     def _start_all(self) -> None:
         stack = self._stack
+        _check_catalogue()
         leftovers.stop(stack.layout)
         for name, title in (("nats", "NATS"), ("nats_monitor", "NATS monitoring"), ("postgres", "PostgreSQL")):
             self._require_free(name, title)
@@ -252,10 +262,32 @@ class Supervisor:
         self._console.print("PostgreSQL and NATS run; waiting for the services …", markup=False)
         for service in stack.services:
             self._await_ready(service)
+        self._say_who_stands_in()
+        if KEYVAULT in (service.name for service in stack.services):
+            platform_secret.store(
+                keyvault_url=stack.service_url(KEYVAULT),
+                token=stack.credentials.tokens["operator"],
+                provider="openai",
+                secret=openai_key(),
+            )
+
+    def _say_who_stands_in(self) -> None:
+        running = {service.name for service in self._stack.services}
+        for simulator, variable in ((PROVIDER, OPENAI_KEY_VARIABLE), (STRIPE, STRIPE_KEY_VARIABLE)):
+            if simulator.name in running:
+                url = self._stack.service_url(simulator.name)
+                self._console.print(
+                    f"No {variable} is set: a simulated {simulator.name} stands in, at {url}.", markup=False
+                )
 
     def _require_free(self, name: str, title: str) -> None:
-        if not port_is_free(self._stack.ports[name]):
-            raise PortInUse(self._stack.ports[name], title, state.port_variable(name))
+        port = self._stack.ports[name]
+        try:
+            free = port_is_free(port)
+        except PermissionError as error:
+            raise PortForbidden(port, title, state.port_variable(name)) from error
+        if not free:
+            raise PortInUse(port, title, state.port_variable(name))
 
     def _start(self, managed: Managed) -> None:
         self._check_interrupted()
@@ -370,7 +402,7 @@ class Supervisor:
         stack = self._stack
         table = Table("what", "where", "credentials", title="Scrip is running", title_justify="left")
         for service in stack.services:
-            table.add_row(service.name, stack.service_url(service.name), "bearer token: tokens.<principal>")
+            table.add_row(service.name, stack.service_url(service.name), service.credentials)
         table.add_row("NATS", stack.nats_url, "user and password: nats.<user>")
         table.add_row("NATS monitoring", stack.service_url("nats_monitor"), "none")
         table.add_row(
@@ -384,8 +416,13 @@ class Supervisor:
         self._console.print("Ctrl-C stops it; the next start continues from here.", markup=False)
 
 
-def up(*, demo_module: str | None, stay: bool, console: Console, services: tuple[Service, ...] = SERVICES) -> int:
-    """Run the stack of the current state directory. Returns the exit code of the whole."""
+def up(*, demo_module: str | None, stay: bool, console: Console, services: tuple[Service, ...] | None = None) -> int:
+    """Run the stack of the current state directory. Returns the exit code of the whole.
+
+    `services`: all of ours and the simulators that are needed, unless others are named.
+    """
+    if services is None:
+        services = (*simulators(), *SERVICES)
     layout = state.locate()
     state.prepare(layout)
     with state.locked(layout):
@@ -419,6 +456,18 @@ def last_lines(log_file: Path, *, count: int = LOG_LINES_SHOWN) -> str:
         file.seek(max(0, log_file.stat().st_size - 16_384))
         lines = file.read().decode(errors="replace").splitlines()
     return "\n".join(lines[-count:]) or "(nothing)"
+
+
+def _check_catalogue() -> None:
+    """Every service would refuse to start on a catalogue that cannot be used: say so once, beforehand."""
+    try:
+        load_catalogue(CATALOGUE_FILE)
+    except (InvalidCatalogue, OSError) as error:
+        raise StackError(f"The catalogue cannot be used ({error}): correct {CATALOGUE_FILE}.") from error
+
+
+def _roles(services: Iterable[Service]) -> list[str]:
+    return [role for service in services if service.has_schema for role in (service.name, _owner(service))]
 
 
 def _owner(service: Service) -> str:

@@ -13,8 +13,9 @@ from typing import Final, Self
 
 from infra import processes, state
 from infra.servers import free_port
+from infra.services import SERVICES
 from infra.state import Credentials, Layout, Run
-from infra.supervisor import SERVICES, last_lines, unready
+from infra.supervisor import last_lines, unready
 
 SCRIP: Final = (sys.executable, "-m", "infra.cli")
 REPOSITORY: Final = Path(__file__).resolve().parents[2]

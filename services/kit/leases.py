@@ -40,7 +40,7 @@ def leases_table(metadata: MetaData) -> Table:
     return Table(
         "leases",
         metadata,
-        Column("partition", SmallInteger, primary_key=True),
+        Column("partition", SmallInteger, primary_key=True, autoincrement=False),
         Column("owner", Text),
         Column("epoch", BigInteger, nullable=False),
         Column("expires_at", TIMESTAMP(timezone=True), nullable=False),

@@ -64,7 +64,7 @@ def relayed_table(metadata: MetaData) -> Table:
     return Table(
         "relayed",
         metadata,
-        Column("partition", SmallInteger, primary_key=True),
+        Column("partition", SmallInteger, primary_key=True, autoincrement=False),
         Column("number", BigInteger, nullable=False),
     )
 

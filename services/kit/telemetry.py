@@ -87,6 +87,8 @@ def configure_logging(*, service: str, level: str = "info") -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    # A line per request of ours says nothing that its caller does not.
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
 
 
 def get_logger(name: str) -> FilteringBoundLogger:

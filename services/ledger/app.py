@@ -11,25 +11,31 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
 
 from fastapi import FastAPI
+from faststream.nats import NatsBroker
+from nats.aio.client import Client
+from nats.errors import Error as NatsError
 from psycopg.conninfo import make_conninfo
 from pydantic import SecretStr
 
 from contracts.streams import CHARGES, CONSUMERS, LEDGER
+from services.kit import dead_letters
 from services.kit.batcher import Batcher
-from services.kit.broker import connect_nats, nats_check
+from services.kit.broker import build_broker, connect_nats, nats_check
 from services.kit.catalogue import load_catalogue
 from services.kit.clock import now
-from services.kit.database import Writer, database_check, open_pool
+from services.kit.database import Pool, Writer, database_check, open_pool
+from services.kit.dead_letters import Letter
 from services.kit.http import Readiness, build_app, serve
 from services.kit.leases import LeaseKeeper, owner_name
 from services.kit.outbox import OutboxRow, Relay
 from services.kit.telemetry import configure_logging, get_logger
 from services.kit.trimmer import Trimmer
 from services.ledger.domain.commands import Units
+from services.ledger.engine import Owners
 from services.ledger.handlers import Item, Ledger, Result
 from services.ledger.routes import Backend, routers
 from services.ledger.settings import LedgerSettings
-from services.ledger.subscribers import TRY_AGAIN, ChargesSubscriber, CommandSubscriber
+from services.ledger.subscribers import TRY_AGAIN, ChargesSubscriber, CommandSubscriber, subscribe_payments
 
 log = get_logger(__name__)
 
@@ -74,6 +80,8 @@ async def _running(settings: LedgerSettings, readiness: Readiness) -> AsyncItera
 
         pool = await open_pool(_url(settings, statement_timeout=READ_TIMEOUT), name=f"{SERVICE}-pool")
         stack.push_async_callback(pool.close)
+        broker = _broker(settings, pool)
+        stack.push_async_callback(_disconnect, broker, await broker.connect())
         client = await connect_nats(settings)
         stack.push_async_callback(client.close)
         readiness.add("nats", nats_check(client))
@@ -121,6 +129,8 @@ async def _running(settings: LedgerSettings, readiness: Readiness) -> AsyncItera
             on_acquired=acquired,
             on_lost=lost,
         )
+        owners = Owners(client)
+        subscribe_payments(broker, settings, owners=owners)
         trimmer = Trimmer(client, service=SERVICE)
         tasks = {
             name: _started(work, name=name)
@@ -132,10 +142,12 @@ async def _running(settings: LedgerSettings, readiness: Readiness) -> AsyncItera
                 ("trimmer", trimmer.run()),
             )
         }
+        await broker.start()
         try:
-            yield Backend(nats=client, pool=pool, units=units)
+            yield Backend(owners=owners, pool=pool, units=units)
         finally:
             # From the outside inwards: no more work, then the work in hand, then what it has to say.
+            await _no_more_payments(broker)
             await charges.stop()
             leases.stop()
             await _ended([tasks["charges"], tasks["leases"]], seconds=settings.shutdown_seconds / 4)
@@ -144,6 +156,14 @@ async def _running(settings: LedgerSettings, readiness: Readiness) -> AsyncItera
             relay.stop()
             trimmer.stop()
             await _ended([tasks["relay"], tasks["trimmer"]], seconds=settings.shutdown_seconds / 4)
+
+
+def _broker(settings: LedgerSettings, pool: Pool) -> NatsBroker:
+    async def dead_letter(letter: Letter) -> None:
+        async with pool.connection() as connection:
+            await dead_letters.record(connection, [letter])
+
+    return build_broker(settings, dead_letter=dead_letter)
 
 
 def _url(settings: LedgerSettings, **options: str) -> SecretStr:
@@ -162,6 +182,24 @@ def _started(work: Coroutine[None, None, None], *, name: str) -> asyncio.Task[No
     task = asyncio.create_task(work, name=name)
     task.add_done_callback(ended)
     return task
+
+
+async def _no_more_payments(broker: NatsBroker) -> None:
+    for subscriber in broker.subscribers:
+        try:
+            await subscriber.stop()
+        except NatsError as error:
+            # Away or reconnecting: nothing comes in anyway.
+            log.warning("payments not unsubscribed", error=repr(error))
+
+
+async def _disconnect(broker: NatsBroker, client: Client) -> None:
+    try:
+        await broker.stop()
+    except NatsError as error:
+        # Away or reconnecting: there is nothing to drain to.
+        log.warning("NATS connection not drained", error=repr(error))
+        await client.close()
 
 
 async def _ended(tasks: Sequence[asyncio.Task[None]], *, seconds: float) -> None:

@@ -67,7 +67,8 @@ CHECKS: Final = (
         FULL JOIN (
             SELECT partition, hold_id, account, unit, lot_id, sum(held) AS held,
                    coalesce(sum(held) FILTER (WHERE kind = 'hold_placed'), 0) AS placed
-            FROM journal WHERE hold_id IS NOT NULL AND lot_id IS NOT NULL GROUP BY 1, 2, 3, 4, 5
+            FROM journal WHERE hold_id IS NOT NULL AND lot_id IS NOT NULL AND kind <> 'clawed_back'
+            GROUP BY 1, 2, 3, 4, 5
         ) j USING (partition, hold_id, account, unit, lot_id)
         WHERE (h.placed::numeric, h.held::numeric) IS DISTINCT FROM (j.placed, j.held)
         """,
@@ -155,6 +156,83 @@ CHECKS: Final = (
             FROM journal WHERE kind = 'charged' AND lot_id IS NOT NULL GROUP BY 1, 2, 3, 4, 5
         ) j USING (partition, transaction_id, account, unit, lot_id)
         WHERE (c.posted, c.held) IS DISTINCT FROM (j.posted, j.held)
+        """,
+    ),
+    Check(
+        "what was clawed back of a payment's lot, and is pending, is what the journal says",
+        """
+        SELECT coalesce(l.partition, j.partition), coalesce(l.lot_id, j.lot_id), l.clawed, j.clawed,
+               l.clawed_spent, j.clawed_spent, l.pending, j.pending
+        FROM (SELECT * FROM lots WHERE (clawed, clawed_spent, pending) <> (0, 0, 0)) l
+        FULL JOIN (
+            SELECT partition, (details::jsonb ->> 'lot')::uuid AS lot_id, -sum(posted) AS clawed,
+                   coalesce(-sum(posted) FILTER (WHERE lot_id <> (details::jsonb ->> 'lot')::uuid), 0) AS clawed_spent,
+                   sum(coalesce((details::jsonb ->> 'pending')::bigint, 0))
+                   + coalesce(sum(posted) FILTER (WHERE hold_id IS NOT NULL), 0) AS pending
+            FROM journal WHERE kind IN ('clawed_back', 'given_back') AND lot_id IS NOT NULL GROUP BY 1, 2
+        ) j USING (partition, lot_id)
+        WHERE (coalesce(l.clawed, 0)::numeric, coalesce(l.clawed_spent, 0)::numeric, coalesce(l.pending, 0)::numeric)
+              IS DISTINCT FROM (coalesce(j.clawed, 0), coalesce(j.clawed_spent, 0), coalesce(j.pending, 0))
+        """,
+    ),
+    Check(
+        "claims take back what was paid, once, and of each bonus as much in proportion",
+        """
+        WITH said AS (
+            SELECT DISTINCT ON (partition, account, payment, claim) partition, account, unit, payment, state, claimed
+            FROM (
+                SELECT partition, account, unit, batch, position, details::jsonb ->> 'payment' AS payment,
+                       details::jsonb ->> 'claim' AS claim, details::jsonb ->> 'state' AS state,
+                       (details::jsonb ->> 'claimed')::numeric AS claimed,
+                       coalesce((details::jsonb ->> 'revision')::bigint, 0) AS revision
+                FROM journal WHERE kind = 'payment_claimed'
+            ) c
+            ORDER BY partition, account, payment, claim, revision DESC, batch DESC, position DESC
+        ), claimed AS (
+            SELECT partition, account, payment, min(unit) AS unit,
+                   coalesce(sum(claimed) FILTER (WHERE state = 'final'), 0) AS claimed
+            FROM said GROUP BY 1, 2, 3
+        ), granted AS (
+            SELECT partition, account, reference AS payment, kind, unit, sum(granted) AS granted,
+                   sum(clawed::numeric + pending) AS taken
+            FROM lots WHERE kind IN ('purchase', 'bonus') AND reference IS NOT NULL GROUP BY 1, 2, 3, 4, 5
+        ), paid AS (
+            SELECT c.partition, c.account, c.payment, c.unit, coalesce(g.granted, 0) AS paid,
+                   least(coalesce(g.granted, 0), c.claimed) AS clawed
+            FROM claimed c LEFT JOIN granted g
+                ON (g.partition, g.account, g.payment, g.unit, g.kind)
+                 = (c.partition, c.account, c.payment, c.unit, 'purchase')
+        )
+        SELECT partition, account, payment, g.kind, g.unit, g.granted, g.taken, p.paid, p.clawed
+        FROM granted g LEFT JOIN paid p USING (partition, account, payment)
+        WHERE g.taken <> CASE
+            WHEN p.paid IS NULL OR p.paid = 0 OR (g.kind = 'purchase' AND g.unit <> p.unit) THEN 0
+            WHEN g.kind = 'purchase' THEN p.clawed
+            ELSE div(g.granted * p.clawed, p.paid)
+        END
+        """,
+    ),
+    Check(
+        "of a lot with something pending nothing is available",
+        """
+        SELECT partition, lot_id, posted, held, frozen, pending FROM lots
+        WHERE pending < 0 OR pending > held OR (pending > 0 AND posted > held + frozen)
+        """,
+    ),
+    Check(
+        "a payment's sums are those of its purchases and its claims",
+        """
+        SELECT p.partition, p.payment, p.account, p.paid, l.paid, p.claimed, c.claimed
+        FROM payments p
+        LEFT JOIN (
+            SELECT partition, reference AS payment, account, unit, sum(granted) AS paid
+            FROM lots WHERE kind = 'purchase' GROUP BY 1, 2, 3, 4
+        ) l USING (partition, payment, account, unit)
+        LEFT JOIN (
+            SELECT partition, payment, account, sum(claimed) AS claimed
+            FROM claims WHERE state = 'final' GROUP BY 1, 2, 3
+        ) c USING (partition, payment, account)
+        WHERE (p.paid::numeric, p.claimed) IS DISTINCT FROM (coalesce(l.paid, 0), coalesce(c.claimed, 0))
         """,
     ),
     Check(

@@ -17,12 +17,21 @@ from services.kit.dead_letters import Letter
 from services.kit.outbox import OutboxRow
 from services.kit.telemetry import REGISTRY, get_logger
 from services.ledger import store
-from services.ledger.domain.commands import ChargeLine, Command, Grant, OpenAccount, PlaceHold, ReleaseHold, Units
+from services.ledger.domain.commands import (
+    ChargeLine,
+    ClaimPayment,
+    Command,
+    Grant,
+    OpenAccount,
+    PlaceHold,
+    ReleaseHold,
+    Units,
+)
 from services.ledger.domain.decide import decide, decide_charge
 from services.ledger.domain.draft import Draft, Head, Transaction
-from services.ledger.domain.entries import Charged, Move
+from services.ledger.domain.entries import Charged, HoldPlaced, Move, payment_of
 from services.ledger.domain.errors import AlreadyCharged, ChargeDiffers, Refusal
-from services.ledger.domain.state import PartitionState
+from services.ledger.domain.state import Account, Claim, PartitionState, Wallet
 from services.ledger.projections import Row, add_rows, changed_rows
 from services.ledger.store import HeadMoved, Loaded, Needs, Written
 from services.ledger.translate import (
@@ -36,6 +45,7 @@ from services.ledger.translate import (
     hold_released_fact,
     lines_hash,
     outbox_row,
+    problem_rows,
     refused,
     scope_text,
     split_text,
@@ -284,8 +294,13 @@ def _need(needs: Needs, partition: int, state: PartitionState, command: Command,
                 needs.lines.add((partition, command.source, command.event_id, command.revision))
             if command.hold is not None and command.hold not in state.holds:
                 needs.holds.add((partition, command.hold))
-        case OpenAccount() | Grant():
+        case OpenAccount():
             pass
+        case Grant():
+            if (payment := payment_of(command.kind, command.reference)) is not None:
+                needs.payments.add((partition, payment, command.account, False))
+        case ClaimPayment():
+            needs.payments.add((partition, command.payment, command.account, True))
         case PlaceHold() | ReleaseHold():
             if command.hold not in state.holds:
                 needs.holds.add((partition, command.hold))
@@ -408,14 +423,14 @@ class _Work:
             self._tell(self._facts(command, moves, transaction))
         transaction_id, recorded_at = transaction.id, self._draft.recorded_at
         if not moves:
-            # It is so already: since the account was opened.
-            account = self._draft.state.accounts[command.account]
-            transaction_id, recorded_at, batch = account.transaction, account.recorded_at, account.batch
+            since = _since(self._draft.state, command)
+            transaction_id, recorded_at, batch = since.transaction, since.recorded_at, since.batch
         outcome = accepted(
             partition=self._partition,
             transaction=transaction_id,
             recorded_at=recorded_at,
             moves=moves,
+            remaining=_wallets_held_on(self._draft.state, moves),
             units=self._units,
         )
         self._commands.append(
@@ -510,6 +525,20 @@ class _Work:
         )
 
 
+def _since(state: PartitionState, command: Command) -> Account | Claim:
+    """Since when it is as a command without moves would have it: a claim was made, or else an account opened."""
+    if isinstance(command, ClaimPayment):
+        return state.payments[command.payment, command.account].claims[command.claim]
+    return state.accounts[command.account]
+
+
+def _wallets_held_on(state: PartitionState, moves: Sequence[Move]) -> list[Wallet]:
+    """The wallets of a hold that has just been placed, each once."""
+    placed = (move.details for move in moves if isinstance(move.details, HoldPlaced))
+    keys = dict.fromkeys((account, leg.unit) for each in placed for leg in each.legs for account in leg.wallets)
+    return [wallet for key in keys if (wallet := state.wallet(*key)) is not None]
+
+
 _encode: Final = msgspec.json.Encoder().encode
 _CONFLICT: Final = "the idempotency key was used for a command with another body"
 
@@ -541,6 +570,6 @@ def _letter(item: BundleItem, place: int, why: Refusal | BadLine) -> Letter:
         headers={},
         payload=body,
         reason=f"line {place + 1} of bundle {item.bundle.number}: " + "; ".join(problem.detail for problem in problems),
-        problems=[{"pointer": each.pointer, "code": each.code, "detail": each.detail} for each in problems],
+        problems=problem_rows(problems),
         partition=item.partition,
     )

@@ -1,19 +1,31 @@
 """The projections: their rows from the state and back, and what is read from them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
+from uuid import UUID
 
 import msgspec
 from psycopg import AsyncConnection, AsyncCursor
 from psycopg.rows import TupleRow
 from pydantic import BaseModel
 
+from contracts.ids import partition_of_id
 from contracts.money import Unit, format_amount
 from contracts.partition import partition_of, token
 from services.ledger.domain.entries import HeldLeg
-from services.ledger.domain.state import Account, Changes, Earmark, Hold, Lot, PartitionState, Wallet
+from services.ledger.domain.state import (
+    Account,
+    Changes,
+    Claim,
+    Earmark,
+    Hold,
+    Lot,
+    PartitionState,
+    Payment,
+    Wallet,
+)
 
 Connection = AsyncConnection[TupleRow]
 Row = tuple[Any, ...]
@@ -30,6 +42,8 @@ def changed_rows(partition: int, changes: Changes) -> dict[str, list[Row]]:
         "lots": [lot_row(partition, lot) for lot in changes.lots.values()],
         "holds": [hold_row(partition, hold) for hold in changes.holds.values()],
         "hold_lots": [hold_lot_row(partition, key[0], earmark) for key, earmark in changes.earmarks.items()],
+        "payments": [payment_row(partition, payment) for payment in changes.payments.values()],
+        "claims": [claim_row(partition, key[0], key[1], claim) for key, claim in changes.claims.items()],
     }
 
 
@@ -88,6 +102,9 @@ def lot_row(partition: int, lot: Lot) -> Row:
         lot.held,
         lot.frozen,
         lot.is_spent,
+        lot.clawed,
+        lot.clawed_spent,
+        lot.pending,
     )
 
 
@@ -114,6 +131,40 @@ def hold_lot_row(partition: int, hold_id: str, earmark: Earmark) -> Row:
     return (partition, hold_id, earmark.account, earmark.unit, earmark.lot, earmark.placed, earmark.held)
 
 
+def payment_row(partition: int, payment: Payment) -> Row:
+    """A row of `payments`."""
+    return (
+        partition,
+        payment.id,
+        payment.account,
+        payment.unit,
+        payment.paid,
+        payment.claimed,
+        payment.recorded_at,
+        payment.batch,
+        payment.position,
+    )
+
+
+def claim_row(partition: int, payment: str, account: str, claim: Claim) -> Row:
+    """A row of `claims`."""
+    return (
+        partition,
+        payment,
+        account,
+        claim.id,
+        claim.reason,
+        claim.state,
+        claim.claimed,
+        claim.revision,
+        claim.occurred_at,
+        claim.recorded_at,
+        claim.transaction,
+        claim.batch,
+        claim.position,
+    )
+
+
 def add_rows(states: dict[int, PartitionState], rows: Mapping[str, Iterable[Row]]) -> None:
     """Put rows, by table, into the states of their partitions."""
     _add_accounts(states, rows.get("accounts", ()))
@@ -121,6 +172,8 @@ def add_rows(states: dict[int, PartitionState], rows: Mapping[str, Iterable[Row]
     _add_lots(states, rows.get("lots", ()))
     _add_holds(states, rows.get("holds", ()))
     _add_hold_lots(states, rows.get("hold_lots", ()))
+    _add_payments(states, rows.get("payments", ()))
+    _add_claims(states, rows.get("claims", ()))
 
 
 def _add_accounts(states: dict[int, PartitionState], rows: Iterable[Row]) -> None:
@@ -157,7 +210,7 @@ def _add_lots(states: dict[int, PartitionState], rows: Iterable[Row]) -> None:
     for row in rows:
         partition, lot, account, unit, kind, priority, effective_at, expires_at, *more = row
         scope, reference, cost_basis, origin, granted, occurred_at, recorded_at, batch, position, *amounts = more
-        posted, held, frozen, _spent = amounts
+        posted, held, frozen, _spent, clawed, clawed_spent, pending = amounts
         states[partition].accounts[account].wallets[unit].add(
             Lot(
                 id=str(lot),
@@ -179,6 +232,9 @@ def _add_lots(states: dict[int, PartitionState], rows: Iterable[Row]) -> None:
                 posted=posted,
                 held=held,
                 frozen=frozen,
+                clawed=clawed,
+                clawed_spent=clawed_spent,
+                pending=pending,
             )
         )
 
@@ -205,6 +261,36 @@ def _add_hold_lots(states: dict[int, PartitionState], rows: Iterable[Row]) -> No
     for partition, hold, account, unit, lot, placed, held in rows:
         states[partition].holds[str(hold)].earmarks[account, unit, str(lot)] = Earmark(
             account=account, unit=unit, lot=str(lot), placed=placed, held=held
+        )
+
+
+def _add_payments(states: dict[int, PartitionState], rows: Iterable[Row]) -> None:
+    for partition, payment, account, unit, paid, _claimed, recorded_at, batch, position in rows:
+        states[partition].payments[payment, account] = Payment(
+            id=payment,
+            account=account,
+            unit=unit,
+            paid=paid,
+            recorded_at=recorded_at,
+            batch=batch,
+            position=position,
+        )
+
+
+def _add_claims(states: dict[int, PartitionState], rows: Iterable[Row]) -> None:
+    for partition, payment, account, claim, reason, state, claimed, revision, *more in rows:
+        occurred_at, recorded_at, transaction, batch, position = more
+        states[partition].payments[payment, account].claims[claim] = Claim(
+            id=claim,
+            reason=reason,
+            state=state,
+            claimed=claimed,
+            revision=revision,
+            occurred_at=occurred_at,
+            recorded_at=recorded_at,
+            transaction=str(transaction),
+            batch=batch,
+            position=position,
         )
 
 
@@ -279,15 +365,48 @@ class StatementEntry(BaseModel):
     recorded_at: datetime
 
 
+class HoldLegView(BaseModel):
+    """What a hold set aside of one unit: between how much and how much was asked, and how much it was."""
+
+    unit: str
+    at_least: str
+    at_most: str
+    amount: str
+
+
+class HeldView(BaseModel):
+    """What a hold set aside on one wallet, and what of that it still holds."""
+
+    account: str
+    unit: str
+    placed: str
+    held: str
+
+
+class HoldView(BaseModel):
+    """A hold. One that ended before it was placed has neither legs nor a deadline."""
+
+    hold: str
+    account: str
+    status: str
+    recorded_at: datetime
+    expires_at: datetime | None
+    ended_at: datetime | None
+    legs: list[HoldLegView]
+    wallets: list[HeldView]
+
+
 class Totals(BaseModel):
     """Sums over all accounts whose id begins with a prefix: three ways to the same money, and how many uses.
 
-    granted = posted + charged, unless something was reversed. `charge_lines` counts those of the accounts' own use.
+    granted = posted + charged + clawed_back, unless something was reversed; of a cap, posted less overage counts.
+    `charge_lines` counts those of the accounts' own use.
     """
 
     unit: str
     account_prefix: str
     charged: str
+    clawed_back: str
     granted: str
     posted: str
     overage: str
@@ -407,6 +526,78 @@ async def read_statement(
     return entries, StatementPlace(rows[limit - 1][0], rows[limit - 1][1], posted) if more else None
 
 
+async def read_open_holds(
+    connection: Connection, account: str, *, after: str | None, limit: int, units: Mapping[str, Unit]
+) -> list[HoldView]:
+    """Open holds of an account and of all below it, oldest first. In the caller's snapshot."""
+    partition = partition_of(account)
+    cursor = await connection.execute(
+        f"""
+        SELECT {_HOLD_COLUMNS} FROM holds
+        WHERE partition = %(partition)s AND status = 'placed' AND hold_id > %(after)s::uuid
+          AND (account = %(account)s OR starts_with(account, %(below)s))
+        ORDER BY hold_id LIMIT %(limit)s
+        """,
+        {
+            "partition": partition,
+            "account": account,
+            "below": f"{account}/",
+            "after": _NO_UUID if after is None else after[-len(_NO_UUID) :],
+            "limit": limit,
+        },
+    )
+    return await _hold_views(connection, partition, await cursor.fetchall(), units)
+
+
+async def read_hold(connection: Connection, hold: str, *, units: Mapping[str, Unit]) -> HoldView | None:
+    """A hold, open or ended, or None if it is not known. In the caller's snapshot."""
+    partition = partition_of_id(hold)
+    cursor = await connection.execute(
+        f"SELECT {_HOLD_COLUMNS} FROM holds WHERE partition = %s AND hold_id = %s::uuid",
+        [partition, hold[-len(_NO_UUID) :]],
+    )
+    views = await _hold_views(connection, partition, await cursor.fetchall(), units)
+    return views[0] if views else None
+
+
+async def _hold_views(
+    connection: Connection, partition: int, rows: Sequence[TupleRow], units: Mapping[str, Unit]
+) -> list[HoldView]:
+    cursor = await connection.execute(
+        """
+        SELECT hold_id::text, account, unit, sum(placed)::bigint, sum(held)::bigint FROM hold_lots
+        WHERE partition = %s AND hold_id = ANY (%s::uuid[]) GROUP BY 1, 2, 3 ORDER BY 1, 3, 2
+        """,
+        [partition, [row[0] for row in rows]],
+    )
+    wallets: dict[str, list[HeldView]] = {}
+    for hold, account, unit, placed, held in await cursor.fetchall():
+        amounts = {"placed": format_amount(placed, units[unit]), "held": format_amount(held, units[unit])}
+        wallets.setdefault(hold, []).append(HeldView(account=account, unit=unit, **amounts))
+    return [
+        HoldView(
+            hold=f"hold_{token(partition)}_{hold}",
+            account=account,
+            status=status,
+            recorded_at=recorded_at,
+            expires_at=expires_at,
+            ended_at=ended_at,
+            legs=[_leg_view(leg, units[leg.unit]) for leg in _decode_legs(legs)],
+            wallets=wallets.get(hold, []),
+        )
+        for hold, account, status, recorded_at, expires_at, ended_at, legs in rows
+    ]
+
+
+def _leg_view(leg: HeldLeg, unit: Unit) -> HoldLegView:
+    return HoldLegView(
+        unit=leg.unit,
+        at_least=format_amount(leg.at_least, unit),
+        at_most=format_amount(leg.at_most, unit),
+        amount=format_amount(leg.amount, unit),
+    )
+
+
 async def read_totals(connection: Connection, unit: Unit, *, account_prefix: str) -> Totals:
     """What was charged by the journal, granted by the lots, and is left in the wallets. In the caller's snapshot."""
     keys = {"unit": unit.name, "prefix": account_prefix}
@@ -416,6 +607,10 @@ async def read_totals(connection: Connection, unit: Unit, *, account_prefix: str
             SELECT coalesce(-sum(posted), 0) FROM journal
             WHERE kind = 'charged' AND unit = %(unit)s AND left(account, 1) <> '@' AND starts_with(account, %(prefix)s)
             """,
+            keys,
+        )
+        clawed = await connection.execute(
+            "SELECT coalesce(sum(clawed), 0) FROM lots WHERE unit = %(unit)s AND starts_with(account, %(prefix)s)",
             keys,
         )
         granted = await connection.execute(
@@ -442,6 +637,7 @@ async def read_totals(connection: Connection, unit: Unit, *, account_prefix: str
         unit=unit.name,
         account_prefix=account_prefix,
         charged=format_amount(await _number(charged), unit),
+        clawed_back=format_amount(await _number(clawed), unit),
         granted=format_amount(await _number(granted), unit),
         posted=format_amount(int(posted), unit),
         overage=format_amount(int(overage), unit),
@@ -451,6 +647,9 @@ async def read_totals(connection: Connection, unit: Unit, *, account_prefix: str
 
 
 _BIGINT_MAX: Final = 2**63 - 1
+_NO_UUID: Final = str(UUID(int=0))
+
+_HOLD_COLUMNS: Final = "hold_id::text, account, status, recorded_at, expires_at, ended_at, legs"
 
 _OPENED: Final = """
 SELECT a.opened_at, h.recorded_at FROM accounts a JOIN heads h USING (partition)

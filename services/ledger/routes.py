@@ -1,6 +1,5 @@
 """HTTP in: commands go to their partition's owner by request/reply, the one way in; reads see one snapshot."""
 
-import asyncio
 import base64
 import binascii
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -9,9 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
 import msgspec
-import nats.errors
 from fastapi import APIRouter, Depends, Query, Request, Response
-from nats.aio.client import Client
 from psycopg import AsyncConnection, OperationalError
 from psycopg.rows import TupleRow
 from psycopg_pool import PoolTimeout
@@ -19,23 +16,20 @@ from pydantic import BaseModel, ValidationError
 
 from contracts import ledger as words
 from contracts.accounts import check_account
-from contracts.partition import partition_of
-from contracts.streams import ledger_command_subject
+from contracts.ids import HoldId
+from contracts.streams import PAYMENTS
 from services.kit.auth import Principal, require
 from services.kit.database import Pool
 from services.kit.dead_letters import DeadLetter, Unreadable, dead_letters_router
 from services.kit.problems import Problem
 from services.ledger import projections, translate
 from services.ledger.domain.commands import Units
-from services.ledger.projections import AccountView, BalanceView, StatementEntry, StatementPlace, Totals
+from services.ledger.engine import NotDecided, Owners
+from services.ledger.projections import AccountView, BalanceView, HoldView, StatementEntry, StatementPlace, Totals
 
 PAGE_SIZE_MAX: Final = 500
 RETRY_AFTER_SECONDS: Final = 1
-
-# A partition whose owner died has another one within the time to live of a lease.
-COMMAND_SECONDS_MAX: Final = 8.0
-REQUEST_SECONDS_MAX: Final = 3.0
-NO_OWNER_RETRY_SECONDS: Final = 0.1
+REDRIVE_SECONDS_MAX: Final = 20.0
 
 _STATUS: Final[Mapping[str, int]] = {
     "insufficient_funds": 402,
@@ -59,7 +53,7 @@ _FAILED_STATUS: Final[Mapping[str, int]] = {
 class Backend:
     """What the routes work on. Made by the lifespan, before the first request."""
 
-    nats: Client
+    owners: Owners
     pool: Pool
     units: Units
 
@@ -108,6 +102,11 @@ def _commands_router(backend: Callable[[], Backend]) -> APIRouter:
     async def charge(request: Request, principal: Principal = writer) -> Response:
         """Charge what one use really cost."""
         return await _command(backend(), words.Charge, request, principal)
+
+    @router.post("/v1/claims", **_documented(words.ClaimPayment))
+    async def claim_payment(request: Request, principal: Principal = writer) -> Response:
+        """Take back what was granted for a payment, for a refund or a dispute; or give it back, if that is void."""
+        return await _command(backend(), words.ClaimPayment, request, principal)
 
     return router
 
@@ -166,7 +165,7 @@ async def _command(
     """Read a command, hand it to the owner of its partition, and tell the answer."""
     body = _read_body(await request.body())
     command = _read_command(model, body, key=request.headers.get("idempotency-key"), hold=hold, units=backend.units)
-    reply = await _ask(backend.nats, command, principal=principal.name)
+    reply = await backend.owners.ask(command, principal=principal.name)
     if isinstance(reply, words.Accepted):
         return Response(reply.model_dump_json(), media_type="application/json")
     raise _problem(reply)
@@ -214,33 +213,9 @@ def _read_command(
             400 if missing else 422,
             "idempotency_key_missing" if missing else "invalid_request",
             problems[0].detail if len(problems) == 1 else f"the request has {len(problems)} problems",
-            errors=[{"pointer": each.pointer, "code": each.code, "detail": each.detail} for each in problems],
+            errors=translate.problem_rows(problems),
         )
     return command
-
-
-async def _ask(client: Client, command: words.Command, *, principal: str) -> words.Reply:
-    """Ask the owner of the partition, and wait while there is none. Repeating is safe: it is the same key."""
-    account = command.line.account if isinstance(command, words.Charge) else command.account
-    subject = ledger_command_subject(partition=partition_of(account), command=command.command, principal=principal)
-    body = command.model_dump_json(exclude_defaults=False).encode()
-    reply: words.Reply = words.Failed(code="unavailable", message="nobody owns the partition right now: ask again")
-    deadline = asyncio.get_running_loop().time() + COMMAND_SECONDS_MAX
-    while (left := deadline - asyncio.get_running_loop().time()) > 0:
-        try:
-            message = await client.request(subject, body, timeout=min(left, REQUEST_SECONDS_MAX))
-        except nats.errors.NoRespondersError:
-            await asyncio.sleep(NO_OWNER_RETRY_SECONDS)
-        except (nats.errors.TimeoutError, TimeoutError):
-            reply = words.Failed(code="unavailable", message="the owner did not answer in time: ask again")
-        except nats.errors.Error as error:
-            return words.Failed(code="unavailable", message=f"NATS is away: {type(error).__name__}")
-        else:
-            reply = words.REPLIES.validate_json(message.data)
-            if not (isinstance(reply, words.Failed) and reply.code == "unavailable"):
-                return reply
-            await asyncio.sleep(NO_OWNER_RETRY_SECONDS)
-    return reply
 
 
 def _problem(reply: words.Refused | words.Failed) -> Problem:
@@ -253,14 +228,23 @@ def _problem(reply: words.Refused | words.Failed) -> Problem:
 
 
 async def _redrive(backend: Backend, letter: DeadLetter) -> None:
-    """Decide a dead-lettered charge line again, as a command under the letter's id: it is charged once at most."""
+    """Decide what was dead-lettered again; however often, it takes effect once at most.
+
+    A charge line is a command under the letter's id, a fact of billing asks under the keys it always asks under.
+    """
+    if letter.stream == PAYMENTS:
+        try:
+            await backend.owners.take_payment_fact(letter.subject, letter.payload, seconds_max=REDRIVE_SECONDS_MAX)
+        except NotDecided as error:
+            raise _problem(error.failed) from error
+        return
     try:
         line = translate.read_line(letter.payload, backend.units)
     except translate.Invalid as error:
-        problems = [{"pointer": each.pointer, "code": each.code, "detail": each.detail} for each in error.problems]
-        raise Unreadable("the charge line still cannot be read", problems=problems) from error
+        rows = translate.problem_rows(error.problems)
+        raise Unreadable("the charge line still cannot be read", problems=rows) from error
     command = words.Charge(idempotency_key=f"dead-letter:{letter.id}", line=line)
-    reply = await _ask(backend.nats, command, principal=_REDRIVER)
+    reply = await backend.owners.ask(command, principal=_REDRIVER)
     match reply:
         case words.Accepted():
             pass
@@ -292,6 +276,13 @@ class StatementPage(BaseModel):
     account: str
     entries: list[StatementEntry]
     next_before: str | None
+
+
+class HoldPage(BaseModel):
+    """Open holds, oldest first. `next_after` asks for the next page; null on the last."""
+
+    holds: list[HoldView]
+    next_after: str | None
 
 
 _Limit = Annotated[int, Query(ge=1, le=PAGE_SIZE_MAX)]
@@ -333,6 +324,25 @@ def _reading_router(backend: Callable[[], Backend]) -> APIRouter:
                 connection, account, unit=unit, before=place, limit=limit, units=backend().units.by_name
             )
         return StatementPage(account=account, entries=entries, next_before=None if more is None else _place_text(more))
+
+    @router.get("/v1/holds")
+    async def holds(account: str, limit: _Limit = 100, after: HoldId | None = None) -> HoldPage:
+        """Open holds of an account and of all below it."""
+        _check(account)
+        async with _snapshot(backend()) as connection:
+            found = await projections.read_open_holds(
+                connection, account, after=after, limit=limit + 1, units=backend().units.by_name
+            )
+        return HoldPage(holds=found[:limit], next_after=found[limit - 1].hold if len(found) > limit else None)
+
+    @router.get("/v1/holds/{hold}")
+    async def hold(hold: HoldId) -> HoldView:
+        """A hold, open or ended: what was set aside, on which wallets, and what of it still is."""
+        async with _snapshot(backend()) as connection:
+            found = await projections.read_hold(connection, hold, units=backend().units.by_name)
+        if found is None:
+            raise Problem(404, "hold_unknown", f"there is no hold {hold}")
+        return found
 
     @router.get("/v1/totals")
     async def totals(unit: str, account_prefix: _Prefix = "") -> Totals:

@@ -36,12 +36,14 @@ class Needs:
     heads: set[int] = field(default_factory=set)
     accounts: set[tuple[int, str]] = field(default_factory=set)
     holds: set[tuple[int, str]] = field(default_factory=set)
+    # Payment, account, and whether a claim is made on it.
+    payments: set[tuple[int, str, str, bool]] = field(default_factory=set)
     commands: set[tuple[int, str, str]] = field(default_factory=set)
     lines: set[tuple[int, str, str, int]] = field(default_factory=set)
     bundles: set[tuple[int, int]] = field(default_factory=set)
 
     def __bool__(self) -> bool:
-        return bool(self.heads or self.accounts or self.holds or self.commands or self.lines or self.bundles)
+        return any((self.heads, self.accounts, self.holds, self.payments, self.commands, self.lines, self.bundles))
 
 
 @dataclass(slots=True)
@@ -130,13 +132,20 @@ async def load(connection: Connection, needs: Needs) -> Loaded:
             keys = _columns(needs.holds)
             for name in ("holds", "hold_lots"):
                 cursors[name] = await connection.execute(_LOAD[name], keys)
+        if needs.payments:
+            keys = _columns(needs.payments)
+            for name in ("payments", "claims", "payment_lots"):
+                cursors[name] = await connection.execute(_LOAD[name], keys)
         for name, wanted in (("commands", needs.commands), ("lines", needs.lines), ("bundles", needs.bundles)):
             if wanted:
                 cursors[name] = await connection.execute(_LOAD[name], _columns(wanted))
     found = {name: await cursor.fetchall() for name, cursor in cursors.items()}
+    rows: dict[str, list[Row]] = {table.name: found[table.name] for table in tables.PROJECTIONS if table.name in found}
+    # Spent lots, too: they may be given something back.
+    rows["lots"] = [*rows.get("lots", ()), *found.get("payment_lots", ())]
     return Loaded(
         heads=_heads(found.get("heads", ())),
-        rows={table.name: found[table.name] for table in tables.PROJECTIONS if table.name in found},
+        rows=rows,
         commands={(row[0], row[1], row[2]): (row[3], row[4]) for row in found.get("commands", ())},
         lines={(row[0], row[1], row[2], row[3]): tuple(row[4:]) for row in found.get("lines", ())},
         bundles={(row[0], row[1]): row[2] for row in found.get("bundles", ())},
@@ -282,17 +291,36 @@ def _replacing(table: Table) -> sql.SQL:
     return sql.SQL(f" ON CONFLICT ({key}) DO UPDATE SET {values}")
 
 
-def _select(table: Table, *, keys: Mapping[str, str], also: str = "") -> sql.SQL:
-    """SELECT of all columns of the rows with the keys, which are handed over as arrays of the named types."""
+def _select(table: Table, *, keys: Mapping[str, str], on: str | None = None, also: str = "") -> sql.SQL:
+    """SELECT of all columns of the rows with the keys, which are handed over as arrays of the named types.
+
+    `on` says which rows `t` belong to a key `k`, if not those with its columns.
+    """
     columns = ", ".join(f"t.{column.name}" for column in table.columns)
     arrays = ", ".join(f"%s::{kind}[]" for kind in keys.values())
     names = ", ".join(keys)
-    statement = f"SELECT {columns} FROM unnest({arrays}) AS k ({names}) JOIN {table.name} t USING ({names}) {also}"
+    join = f"USING ({names})" if on is None else f"ON {on}"
+    statement = f"SELECT {columns} FROM unnest({arrays}) AS k ({names}) JOIN {table.name} t {join} {also}"
     return sql.SQL(statement)
 
 
 _ACCOUNT_KEYS: Final = {"partition": "smallint", "account": "text"}
 _HOLD_KEYS: Final = {"partition": "smallint", "hold_id": "uuid"}
+
+_PAYMENT_KEYS: Final = {"partition": "smallint", "payment": "text", "account": "text", "claiming": "boolean"}
+_OF_PAYMENT: Final = "t.partition = k.partition AND t.payment = k.payment AND t.account = k.account"
+# A claim has to know if the payment is another account's.
+_PAYMENT: Final = (
+    "t.partition = k.partition AND t.payment = k.payment AND (t.account = k.account OR (k.claiming AND t.paid > 0))"
+)
+# A grant changes its payment's other lots only if something has been claimed.
+_PAYMENT_LOTS: Final = """
+t.partition = k.partition AND t.reference = k.payment AND t.account = k.account AND t.kind IN ('purchase', 'bonus')
+AND (k.claiming OR EXISTS (
+    SELECT FROM payments p
+    WHERE p.partition = k.partition AND p.payment = k.payment AND p.account = k.account AND p.claimed > 0
+))
+"""
 
 _LOAD: Final[Mapping[str, sql.SQL]] = {
     "accounts": _select(tables.accounts, keys=_ACCOUNT_KEYS),
@@ -300,6 +328,9 @@ _LOAD: Final[Mapping[str, sql.SQL]] = {
     "lots": _select(tables.lots, keys=_ACCOUNT_KEYS, also="WHERE NOT t.spent"),
     "holds": _select(tables.holds, keys=_HOLD_KEYS),
     "hold_lots": _select(tables.hold_lots, keys=_HOLD_KEYS),
+    "payments": _select(tables.payments, keys=_PAYMENT_KEYS, on=_PAYMENT),
+    "claims": _select(tables.claims, keys=_PAYMENT_KEYS, on=_OF_PAYMENT),
+    "payment_lots": _select(tables.lots, keys=_PAYMENT_KEYS, on=_PAYMENT_LOTS),
     "commands": sql.SQL(
         """
         SELECT t.partition, t.principal, t.idempotency_key, t.body_hash, t.outcome

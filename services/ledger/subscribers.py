@@ -7,6 +7,8 @@ from typing import Final
 
 import nats.errors
 import psycopg
+from faststream.nats import NatsBroker
+from faststream.nats.annotations import NatsMessage
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
@@ -14,15 +16,18 @@ from pydantic import ValidationError
 
 from contracts import ledger as words
 from contracts.partition import partition_of, token
-from contracts.streams import CHARGES, charges_consumer
+from contracts.streams import CHARGES, CONSUMERS, LEDGER_PAYMENTS_CONSUMER, charges_consumer
 from services.kit import dead_letters
 from services.kit.batcher import Batcher, Busy, Fault, Stopped
+from services.kit.broker import pull_subscriber
 from services.kit.database import Pool
 from services.kit.dead_letters import letter_of
 from services.kit.reader import PullReader
 from services.kit.redelivery import place_of, retry_delay_seconds
+from services.kit.settings import ServiceSettings
 from services.kit.telemetry import FAULTS, MESSAGES, get_logger
 from services.ledger.domain.commands import Units
+from services.ledger.engine import Owners
 from services.ledger.handlers import (
     CHARGES_STOPPED,
     BundleItem,
@@ -60,6 +65,8 @@ BYTES_AT_ONCE_MAX: Final = 8 << 20
 READS_IN_FLIGHT_MAX: Final = 3
 GAP_SECONDS: Final = 0.05
 CONFLICT_SECONDS: Final = 30.0
+# Of the time until it would be delivered again.
+PAYMENT_SHARE: Final = 0.8
 
 
 class CommandSubscriber:
@@ -272,6 +279,19 @@ class ChargesSubscriber:
         MESSAGES.labels(consumer="charges", outcome="dead").inc()
         log.error("message dead-lettered", subject=message.subject, reason=reason)
         await self._reader.term([message])
+
+
+def subscribe_payments(broker: NatsBroker, settings: ServiceSettings, *, owners: Owners) -> None:
+    """Have `broker` hand what billing says about payments to the owners of their partitions, one at a time.
+
+    Acknowledged once accepted. What is refused is dead-lettered; what was not decided is delivered again, later.
+    """
+    consumer = next(each for each in CONSUMERS if each.durable == LEDGER_PAYMENTS_CONSUMER)
+
+    @pull_subscriber(broker, settings, consumer=consumer)
+    async def payment_said(body: bytes, message: NatsMessage) -> None:
+        subject = message.raw_message.subject
+        await owners.take_payment_fact(subject, body, seconds_max=consumer.ack_wait_seconds * PAYMENT_SHARE)
 
 
 async def _unsubscribe(subscription: Subscription) -> None:

@@ -1,12 +1,24 @@
 """The tables of the schema `ledger`. All begin with `partition`. The migrations make them; these lines describe them.
 
 The record is append-only: journal, commands, bundles, charge_lines. The projections are sums over the journal, and a
-replay rebuilds them: accounts, wallets, lots, holds, hold_lots.
+replay rebuilds them: accounts, wallets, lots, holds, hold_lots, payments, claims.
 """
 
 from typing import Any, Final
 
-from sqlalchemy import TIMESTAMP, BigInteger, Boolean, Column, Integer, LargeBinary, MetaData, SmallInteger, Table, Text
+from sqlalchemy import (
+    TIMESTAMP,
+    BigInteger,
+    Boolean,
+    Column,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Numeric,
+    SmallInteger,
+    Table,
+    Text,
+)
 from sqlalchemy.dialects.postgresql import UUID
 
 from services.kit.dead_letters import dead_letters_table
@@ -166,6 +178,9 @@ lots = Table(
     _value("held", BigInteger),
     _value("frozen", BigInteger),
     _value("spent", Boolean),
+    _value("clawed", BigInteger),
+    _value("clawed_spent", BigInteger),
+    _value("pending", BigInteger),
 )
 
 holds = Table(
@@ -197,7 +212,40 @@ hold_lots = Table(
     _value("held", BigInteger),
 )
 
-PROJECTIONS: Final = (accounts, wallets, lots, holds, hold_lots)
+# What an account was granted for a payment, and what of it has gone back for good, by all claims on it.
+payments = Table(
+    "payments",
+    metadata,
+    _key("partition", SmallInteger),
+    _key("payment", Text),
+    _key("account", Text),
+    _value("unit", Text, nullable=True),
+    _value("paid", BigInteger),
+    _value("claimed", Numeric),
+    _time("recorded_at"),
+    _value("batch", BigInteger),
+    _value("position", Integer),
+)
+
+claims = Table(
+    "claims",
+    metadata,
+    _key("partition", SmallInteger),
+    _key("payment", Text),
+    _key("account", Text),
+    _key("claim", Text),
+    _value("reason", Text),
+    _value("state", Text),
+    _value("claimed", BigInteger),
+    _value("revision", BigInteger),
+    _time("occurred_at"),
+    _time("recorded_at"),
+    _value("transaction_id", UUID),
+    _value("batch", BigInteger),
+    _value("position", Integer),
+)
+
+PROJECTIONS: Final = (accounts, wallets, lots, holds, hold_lots, payments, claims)
 
 outbox = outbox_table(metadata)
 relayed = relayed_table(metadata)

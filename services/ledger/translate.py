@@ -1,6 +1,6 @@
 """Between the words of the contracts and the ledger's own: decimal strings and integers, prefixed ids and UUIDs."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -12,6 +12,7 @@ import msgspec
 from pydantic import BaseModel, ValidationError
 
 from contracts import ledger as words
+from contracts.billing import PaymentClaimed, PaymentReceived, payment_subject
 from contracts.ids import Kind as IdKind
 from contracts.ids import make_id, partition_of_id
 from contracts.metering import CHARGES_RATED, LINES_MAX
@@ -20,9 +21,11 @@ from contracts.money import Amount, Unit, format_amount, parse_amount
 from contracts.partition import PARTITION_COUNT, partition_of, token
 from contracts.streams import charges_rated_subject, ledger_fact_subject
 from contracts.times import TIME_MAX, TIME_MIN
+from services.kit.dead_letters import Unreadable
 from services.kit.outbox import OutboxRow
 from services.ledger.domain.commands import (
     ChargeLine,
+    ClaimPayment,
     Command,
     Grant,
     Leg,
@@ -34,6 +37,7 @@ from services.ledger.domain.commands import (
 )
 from services.ledger.domain.entries import HoldPlaced, LotGranted, Move, is_contra
 from services.ledger.domain.errors import InsufficientFunds, Refusal
+from services.ledger.domain.state import Wallet
 
 _PREFIXED_HOLD: Final = len("hold_00_")
 _encode: Final = msgspec.json.Encoder(order="sorted").encode
@@ -97,6 +101,18 @@ def read_command(command: words.Command, units: Units) -> Command:
             read = ReleaseHold(hold=reader.hold("/hold", command.hold, command.account), account=command.account)
         case words.Charge():
             read = reader.line("/line", command.line)
+        case words.ClaimPayment():
+            read = ClaimPayment(
+                account=command.account,
+                payment=command.payment,
+                claim=command.claim,
+                reason=command.reason,
+                state=command.state,
+                unit=command.claimed.unit,
+                claimed=reader.amount("/claimed", command.claimed.unit, command.claimed.amount),
+                revision=command.revision,
+                occurred_at=None if command.occurred_at is None else command.occurred_at.astimezone(UTC),
+            )
         case _:
             assert_never(command)
     reader.finish()
@@ -385,6 +401,70 @@ def _scope(provider: str, model: str, feature: str | None) -> Scope:
     return Scope(provider, model, feature)
 
 
+# Facts of billing -----------------------------------------------------------------------------------------------------
+
+
+def read_payment_fact(subject: str, body: bytes) -> list[words.Grant | words.ClaimPayment]:
+    """What a fact about a payment asks of the ledger, in order. The same fact always asks under the same keys.
+
+    Raises kit's Unreadable, also for a claim that may yet go either way: the ledger does not freeze yet.
+    """
+    partition = int(subject.split(".")[2])
+    asked: list[words.Grant | words.ClaimPayment]
+    try:
+        if subject == payment_subject(partition=partition, verb="received"):
+            asked = [*_received(PaymentReceived.model_validate_json(body))]
+        elif subject == payment_subject(partition=partition, verb="claimed"):
+            asked = [_claimed(PaymentClaimed.model_validate_json(body))]
+        else:
+            raise Unreadable(f"nothing is known of {subject}")
+    except ValidationError as error:
+        raise Unreadable("not a fact about a payment", problems=problem_rows(model_problems(error))) from error
+    for command in asked:
+        if partition_of(command.account) != partition:
+            raise Unreadable(f"{command.account} lives in partition {partition_of(command.account)}, not {partition}")
+    return asked
+
+
+def _received(fact: PaymentReceived) -> Iterator[words.Grant]:
+    granted: tuple[tuple[str, words.LotKind, Amount | None], ...] = (
+        ("paid", "purchase", fact.paid),
+        ("bonus", "bonus", fact.bonus),
+    )
+    for name, kind, amount in granted:
+        if amount is not None:
+            yield words.Grant(
+                idempotency_key=f"payment:{fact.payment}:{name}",
+                account=fact.account,
+                unit=amount.unit,
+                amount=amount.amount,
+                kind=kind,
+                occurred_at=fact.occurred_at,
+                reference=fact.payment,
+            )
+
+
+def _claimed(fact: PaymentClaimed) -> words.ClaimPayment:
+    if fact.state == "open":
+        raise Unreadable(f"the claim {fact.claim} is open: what it claims cannot be frozen yet")
+    return words.ClaimPayment(
+        idempotency_key=f"claim:{fact.claim}:{fact.number}",
+        account=fact.account,
+        payment=fact.payment,
+        claim=fact.claim,
+        reason=fact.reason,
+        state=fact.state,
+        claimed=fact.claimed,
+        revision=fact.number,
+        occurred_at=fact.occurred_at,
+    )
+
+
+def problem_rows(problems: Iterable[Problem]) -> list[dict[str, str]]:
+    """Problems as they are told and stored."""
+    return [{"pointer": each.pointer, "code": each.code, "detail": each.detail} for each in problems]
+
+
 # What is stored of a charge -------------------------------------------------------------------------------------------
 
 
@@ -419,9 +499,15 @@ def lines_hash(rows: Sequence[Sequence[object]]) -> str:
 
 
 def accepted(
-    *, partition: int, transaction: str, recorded_at: datetime, moves: Sequence[Move], units: Units
+    *,
+    partition: int,
+    transaction: str,
+    recorded_at: datetime,
+    moves: Sequence[Move],
+    remaining: Sequence[Wallet],
+    units: Units,
 ) -> dict[str, Any]:
-    """The outcome of an accepted command, as contracts.ledger.Accepted reads it."""
+    """The outcome of an accepted command, for contracts.ledger.Accepted. `remaining` are wallets as they are now."""
     sums: dict[tuple[str, str, str | None], list[int]] = {}
     for move in moves:
         if move.unit is None or move.lot is None or is_contra(move.account):
@@ -443,6 +529,14 @@ def accepted(
                 "held": format_amount(held, units.by_name[unit]),
             }
             for (account, unit, lot), (posted, held) in sums.items()
+        ],
+        "remaining": [
+            {
+                "account": wallet.account,
+                "unit": wallet.unit,
+                "available": format_amount(wallet.available, units.by_name[wallet.unit]),
+            }
+            for wallet in remaining
         ],
         "replayed": False,
     }
@@ -539,7 +633,7 @@ def hold_released_fact(
     """That a hold ended without a charge, and what it held per unit (of a cap: on the wallet that had most)."""
     released: dict[str, dict[str, int]] = {}
     for move in moves:
-        if move.unit is not None:
+        if move.unit is not None and move.kind == "hold_released":
             wallets = released.setdefault(move.unit, {})
             wallets[move.account] = wallets.get(move.account, 0) - move.held
     amounts = [_amount(max(wallets.values()), unit, units) for unit, wallets in released.items()]

@@ -3,11 +3,8 @@
 Run as `python -m services.metering.app`.
 """
 
-import asyncio
 import gc
-import os
-import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
 
@@ -15,9 +12,8 @@ from fastapi import FastAPI
 from faststream.nats import NatsBroker
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
-from psycopg.conninfo import make_conninfo
-from pydantic import SecretStr
 
+from contracts.pricing import PriceVersion
 from contracts.streams import CHARGES, CONSUMERS, LEDGER, METERING_CONSUMER, USAGE
 from services.kit.broker import build_broker, connect_nats, nats_check
 from services.kit.catalogue import load_catalogue
@@ -30,10 +26,12 @@ from services.kit.outbox import OutboxRow, Relay
 from services.kit.problems import Problem
 from services.kit.publish import PublishFailed, publish
 from services.kit.reader import PullReader
+from services.kit.running import essential_task, finish_tasks, url_with_options
 from services.kit.telemetry import configure_logging, get_logger
 from services.kit.trimmer import Trimmer
 from services.metering import handlers, translate
 from services.metering.domain.prices import PriceBook
+from services.metering.engine import PriceKeeper
 from services.metering.handlers import Known
 from services.metering.routes import Backend, routers
 from services.metering.settings import MeteringSettings
@@ -73,15 +71,18 @@ def build(settings: MeteringSettings) -> FastAPI:
 @asynccontextmanager
 async def _running(settings: MeteringSettings, readiness: Readiness) -> AsyncIterator[Backend]:
     catalogue = load_catalogue(settings.catalogue_file)
-    price_book = translate.read_price_book(catalogue.section("price_versions"), units=catalogue.units)
+    versions = translate.read_catalogue_versions(catalogue.section("price_versions"), units=catalogue.units)
     async with AsyncExitStack() as stack:
 
         def writer(name: str) -> Writer:
-            made = Writer(_url(settings, transaction_timeout=TRANSACTION_TIMEOUT), name=f"{SERVICE}-{name}")
+            url = url_with_options(settings.database_url, transaction_timeout=TRANSACTION_TIMEOUT)
+            made = Writer(url, name=f"{SERVICE}-{name}")
             stack.push_async_callback(made.close)
             return made
 
-        pool = await open_pool(_url(settings, statement_timeout=READ_TIMEOUT), name=f"{SERVICE}-pool")
+        pool = await open_pool(
+            url_with_options(settings.database_url, statement_timeout=READ_TIMEOUT), name=f"{SERVICE}-pool"
+        )
         stack.push_async_callback(pool.close)
         directory_writer = writer("directory")
 
@@ -114,6 +115,14 @@ async def _running(settings: MeteringSettings, readiness: Readiness) -> AsyncIte
             on_acquired=acquired,
             on_lost=lost,
         )
+        prices = PriceKeeper(
+            writer=writer("prices"),
+            pool=pool,
+            units=catalogue.units,
+            partitions=lambda: leases.partitions,
+            notify=notify,
+        )
+        await _start(prices, versions)
         consumer = next(each for each in CONSUMERS if each.durable == METERING_CONSUMER)
         usage = UsageSubscriber(
             reader=PullReader(
@@ -124,41 +133,59 @@ async def _running(settings: MeteringSettings, readiness: Readiness) -> AsyncIte
             ),
             durable=consumer.durable,
             writer=writer("ingest"),
-            price_book=price_book,
+            price_book=prices.book,
             known=Known(),
             notify=notify,
             attempt_seconds_max=consumer.ack_wait_seconds / 3,
         )
-        subscribe_directory(broker, settings, writer=directory_writer, price_book=price_book, notify=notify)
+        subscribe_directory(broker, settings, writer=directory_writer, price_book=prices.book, notify=notify)
         trimmer = Trimmer(client, service=SERVICE)
 
         tasks = [
-            _started(relay.run(), name="relay"),
-            _started(leases.run(), name="leases"),
-            _started(usage.run(), name="usage"),
-            _started(trimmer.run(), name="trimmer"),
+            essential_task(relay.run(), name="relay"),
+            essential_task(leases.run(), name="leases"),
+            essential_task(usage.run(), name="usage"),
+            essential_task(prices.run(), name="prices"),
+            essential_task(trimmer.run(), name="trimmer"),
         ]
         await broker.start()
         try:
             yield Backend(
-                nats=client, pool=pool, redrive=_redriver(settings, client=client, price_book=price_book, notify=notify)
+                nats=client,
+                pool=pool,
+                prices=prices,
+                redrive=_redriver(settings, client=client, price_book=prices.book, notify=notify),
             )
         finally:
-            for stop in (usage.stop, leases.stop, relay.stop, trimmer.stop):
+            for stop in (usage.stop, prices.stop, leases.stop, relay.stop, trimmer.stop):
                 stop()
-            await _ended(tasks, seconds=settings.shutdown_seconds / 2)
+            await finish_tasks(tasks, deadline_seconds=settings.shutdown_seconds / 2)
+
+
+async def _start(prices: PriceKeeper, catalogue: Sequence[PriceVersion]) -> None:
+    """Have the price book read. Whoever would price otherwise than what is stored must not start."""
+    try:
+        await prices.start(catalogue)
+    except ValueError as error:
+        log.critical("metering does not start: the catalogue contradicts the price book", reason=str(error))
+        raise
 
 
 def _redriver(
-    settings: MeteringSettings, *, client: Client, price_book: PriceBook, notify: Callable[[Sequence[OutboxRow]], None]
+    settings: MeteringSettings,
+    *,
+    client: Client,
+    price_book: Callable[[], PriceBook],
+    notify: Callable[[Sequence[OutboxRow]], None],
 ) -> Callable[[DeadLetter], Awaitable[None]]:
     async def redrive(letter: DeadLetter) -> None:
         if letter.stream == LEDGER:
             # Metering may not publish what the ledger says: it takes it in directly.
-            writer = Writer(_url(settings, transaction_timeout=TRANSACTION_TIMEOUT), name=f"{SERVICE}-redrive")
+            url = url_with_options(settings.database_url, transaction_timeout=TRANSACTION_TIMEOUT)
+            writer = Writer(url, name=f"{SERVICE}-redrive")
             try:
                 fact = translate.read_account_opened(letter.payload)
-                notify(await handlers.open_account(fact, writer=writer, price_book=price_book))
+                notify(await handlers.open_account(fact, writer=writer, price_book=price_book()))
             finally:
                 await writer.close()
             return
@@ -170,24 +197,6 @@ def _redriver(
     return redrive
 
 
-def _url(settings: MeteringSettings, **options: str) -> SecretStr:
-    chosen = " ".join(f"-c {name}={value}" for name, value in {"timezone": "UTC", **options}.items())
-    return SecretStr(make_conninfo(settings.database_url.get_secret_value(), options=chosen))
-
-
-def _started(work: Coroutine[None, None, None], *, name: str) -> asyncio.Task[None]:
-    """A task without which the process is of no use: if it fails, the process ends, to be started anew."""
-
-    def ended(task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.critical("a task failed, the process ends", task=name, exc_info=error)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    task = asyncio.create_task(work, name=name)
-    task.add_done_callback(ended)
-    return task
-
-
 async def _disconnect(broker: NatsBroker, client: Client) -> None:
     try:
         await broker.stop()
@@ -195,15 +204,6 @@ async def _disconnect(broker: NatsBroker, client: Client) -> None:
         # Away or reconnecting: there is nothing to drain to.
         log.warning("NATS connection not drained", error=repr(error))
         await client.close()
-
-
-async def _ended(tasks: Sequence[asyncio.Task[None]], *, seconds: float) -> None:
-    """Wait for tasks that were told to stop. One that is stuck is cancelled: what it did not finish is done again."""
-    _, stuck = await asyncio.wait(tasks, timeout=seconds)
-    for task in stuck:
-        log.warning("task did not stop in time", task=task.get_name())
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from services.metering.domain.charging import (
     Charge,
     Decided,
     Head,
+    Reason,
     advance,
     bundle,
     decide_charges,
@@ -36,7 +37,7 @@ from services.metering.domain.charging import (
 from services.metering.domain.ingest import Conflict, Judged, first_of_each, judge
 from services.metering.domain.prices import NoPrice, PriceBook
 from services.metering.domain.usage import Key, Usage
-from services.metering.store import COUNTERS, ChargedLine, Connection, Counts
+from services.metering.store import COUNTERS, ChargedLine, Connection, Counts, LoggedUsage
 from services.metering.translate import Priced
 
 log = get_logger(__name__)
@@ -169,11 +170,32 @@ async def open_account(fact: AccountOpened, *, writer: Writer, price_book: Price
             await store.add_to_directory(
                 connection, partition=partition, account=fact.account, opened_at=fact.recorded_at
             )
-            taken, staged = await _charge_set_aside(
-                connection, heads=heads, partition=partition, account=fact.account, price_book=price_book
+            found = await store.find_set_aside(
+                connection, partition=partition, reason="unattributed", key=fact.account, limit=SET_ASIDE_ROWS_MAX
             )
-        rows.extend(staged)
-        if taken < SET_ASIDE_ROWS_MAX:
+            rows += await _charge_set_aside(connection, found, heads=heads, was="unattributed", price_book=price_book)
+        if len(found) < SET_ASIDE_ROWS_MAX:
+            return rows
+
+
+async def charge_unpriced(partition: int, key: str, *, writer: Writer, price_book: PriceBook) -> Sequence[OutboxRow]:
+    """Charge what was set aside for want of the price `key` and has one by now. Repeats do nothing.
+
+    Dying between two of its transactions leaves the rest to the next sweep, of whichever process.
+    """
+    rows: list[OutboxRow] = []
+    while True:
+        async with writer.transaction() as connection:
+            heads = await store.lock_heads(connection, [partition])
+            found = await store.find_unpriced(
+                connection,
+                partition=partition,
+                key=key,
+                times=price_book.priced_times(key),
+                limit=SET_ASIDE_ROWS_MAX,
+            )
+            rows += await _charge_set_aside(connection, found, heads=heads, was="unpriced", price_book=price_book)
+        if len(found) < SET_ASIDE_ROWS_MAX:
             return rows
 
 
@@ -196,14 +218,19 @@ async def _log_and_charge(
 
 
 async def _charge_set_aside(
-    connection: Connection, *, heads: Mapping[int, Head], partition: int, account: str, price_book: PriceBook
-) -> tuple[int, list[OutboxRow]]:
-    """Charge what waited for `account` and has a price; how much was taken, and what the ledger is told."""
-    found = await store.find_set_aside(
-        connection, partition=partition, reason="unattributed", key=account, limit=SET_ASIDE_ROWS_MAX
-    )
+    connection: Connection,
+    found: Sequence[LoggedUsage],
+    *,
+    heads: Mapping[int, Head],
+    was: Reason,
+    price_book: PriceBook,
+) -> list[OutboxRow]:
+    """Charge what has waited and has a price and an open account now; what the ledger is told of it.
+
+    The caller holds the heads. What has no price waits for that, so that it is not found again under its old key.
+    """
     if not found:
-        return 0, []
+        return []
     usages = [
         translate.logged_usage(
             partition=row.partition,
@@ -216,7 +243,9 @@ async def _charge_set_aside(
         )
         for row in found
     ]
-    decided = decide_charges(((usage, price_book.price(usage)) for usage in usages), open_accounts={account})
+    # Either it is the account that has just been opened, or the account was open when the price was missing.
+    open_accounts = {usage.account for usage in usages}
+    decided = decide_charges(((usage, price_book.price(usage)) for usage in usages), open_accounts=open_accounts)
     priced = {
         charge.usage.key: translate.priced(charge.usage, charge.rated, units=price_book.units)
         for charge in decided.charges
@@ -228,14 +257,21 @@ async def _charge_set_aside(
     tally: Tally = {}
     for charge in decided.charges:
         counts = _counts(tally, charge.usage)
-        counts.unattributed -= 1
         counts.charged += 1
     for each in decided.set_aside:
         counts = _counts(tally, each.usage)
-        counts.unattributed -= 1
         counts.unpriced += 1
+    for usage in usages:
+        counts = _counts(tally, usage)
+        match was:
+            case "unattributed":
+                counts.unattributed -= 1
+            case "unpriced":
+                counts.unpriced -= 1
+            case _:
+                assert_never(was)
     await store.count(connection, tally)
-    return len(found), rows
+    return rows
 
 
 async def _stage(

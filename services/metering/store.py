@@ -283,6 +283,93 @@ async def ensure_months(connection: Connection, months: Iterable[date]) -> None:
         await connection.execute("SELECT ensure_usage_month(%s)", [month])
 
 
+# Prices ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StoredVersion:
+    """A price version; `models` is JSON."""
+
+    id: str
+    effective_at: datetime
+    models: str
+
+
+async def find_price_versions(connection: Connection, *, known: Sequence[str]) -> list[StoredVersion]:
+    """All price versions but those known already: they never change."""
+    async with connection.cursor(row_factory=class_row(StoredVersion)) as cursor:
+        await cursor.execute(
+            "SELECT id, effective_at, models::text AS models FROM price_versions WHERE id <> ALL(%s)", [list(known)]
+        )
+        return await cursor.fetchall()
+
+
+async def add_price_version(
+    connection: Connection, *, id: str, effective_at: datetime, recorded_at: datetime, source: str, models: str
+) -> bool:
+    """Store a version; False if its id or its time is taken. Waits for another transaction that is taking one."""
+    cursor = await connection.execute(
+        """
+        INSERT INTO price_versions (id, effective_at, recorded_at, source, models) VALUES (%s, %s, %s, %s, %s::jsonb)
+        ON CONFLICT DO NOTHING
+        """,
+        [id, effective_at, recorded_at, source, models],
+    )
+    return cursor.rowcount == 1
+
+
+async def find_missing_prices(connection: Connection, partitions: Collection[int]) -> list[tuple[int, str]]:
+    """Under which keys use waits for a price, with their partitions. Costs a look per key, however much waits."""
+    cursor = await connection.execute(
+        """
+        SELECT asked.partition, missing.key FROM unnest(%s::smallint[]) AS asked (partition) CROSS JOIN LATERAL (
+            WITH RECURSIVE keys (key) AS (
+                SELECT min(key) FROM set_aside WHERE partition = asked.partition AND reason = 'unpriced'
+                UNION ALL
+                SELECT (SELECT min(key) FROM set_aside
+                        WHERE partition = asked.partition AND reason = 'unpriced' AND key > keys.key)
+                FROM keys WHERE keys.key IS NOT NULL
+            )
+            SELECT key FROM keys WHERE key IS NOT NULL
+        ) AS missing
+        ORDER BY asked.partition, missing.key
+        """,
+        [sorted(partitions)],
+    )
+    return [(partition, key) for partition, key in await cursor.fetchall()]
+
+
+async def find_unpriced(
+    connection: Connection,
+    *,
+    partition: int,
+    key: str,
+    times: Sequence[tuple[datetime | None, datetime | None]],
+    limit: int,
+) -> list[LoggedUsage]:
+    """Use that waits for the price `key` and happened within one of `times`. The caller holds the partition's head."""
+    async with connection.cursor(row_factory=class_row(LoggedUsage)) as cursor:
+        await cursor.execute(
+            """
+            SELECT l.partition, l.source, l.event_id, l.account, l.type, l.occurred_at, l.data::text AS data
+            FROM (SELECT s.partition, s.source, s.event_id, s.occurred_at
+                  FROM unnest(%(since)s::timestamptz[], %(until)s::timestamptz[]) AS priced (since, until)
+                  JOIN set_aside AS s ON s.partition = %(partition)s AND s.reason = 'unpriced' AND s.key = %(key)s
+                       AND s.occurred_at >= coalesce(since, '-infinity') AND s.occurred_at < coalesce(until, 'infinity')
+                  LIMIT %(limit)s) AS waiting
+            JOIN usage_log AS l USING (partition, occurred_at, source, event_id)
+            """,
+            {
+                "partition": partition,
+                "key": key,
+                "since": [since for since, _ in times],
+                "until": [until for _, until in times],
+                "limit": limit,
+            },
+        )
+        return await cursor.fetchall()
+
+
 # Accounts -------------------------------------------------------------------------------------------------------------
 
 
@@ -348,7 +435,7 @@ async def log_charges(connection: Connection, lines: Sequence[ChargedLine]) -> N
 
 
 async def wait_for_price(connection: Connection, found: Sequence[SetAside]) -> None:
-    """Let use that waited for its account wait for its price."""
+    """Let use that waited for something else wait for a price."""
     if not found:
         return
     await connection.execute(

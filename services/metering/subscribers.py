@@ -74,7 +74,7 @@ class UsageSubscriber:
         reader: PullReader,
         durable: str,
         writer: Writer,
-        price_book: PriceBook,
+        price_book: Callable[[], PriceBook],
         known: Known,
         notify: Callable[[Sequence[OutboxRow]], None],
         attempt_seconds_max: float = 10.0,
@@ -115,7 +115,7 @@ class UsageSubscriber:
         await self._read.put(None)
 
     async def _read_batch(self, messages: Sequence[Msg]) -> Batch:
-        reading = Reading(price_book=self._price_book, received_at=now())
+        reading = Reading(price_book=self._price_book(), received_at=now())
         for start in range(0, len(messages), READ_SLICE):
             reading.add(messages[start : start + READ_SLICE])
             # Others have their turn: readiness, HTTP, the commit of the batch before.
@@ -206,7 +206,7 @@ def subscribe_directory(
     settings: ServiceSettings,
     *,
     writer: Writer,
-    price_book: PriceBook,
+    price_book: Callable[[], PriceBook],
     notify: Callable[[Sequence[OutboxRow]], None],
 ) -> None:
     """Have `broker` tell metering of every account that is opened."""
@@ -215,4 +215,4 @@ def subscribe_directory(
     @pull_subscriber(broker, settings, consumer=consumer)
     async def account_opened(body: bytes) -> None:
         fact = translate.read_account_opened(body)
-        notify(await handlers.open_account(fact, writer=writer, price_book=price_book))
+        notify(await handlers.open_account(fact, writer=writer, price_book=price_book()))

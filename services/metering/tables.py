@@ -1,4 +1,7 @@
-"""The tables of the schema `metering`. Every one begins with `partition`: it is what metering is ever divided by."""
+"""The tables of the schema `metering`. All of business begin with `partition`: it is what metering is ever divided by.
+
+Only the price book is everybody's.
+"""
 
 from typing import Final
 
@@ -14,6 +17,7 @@ from sqlalchemy import (
     SmallInteger,
     Table,
     Text,
+    UniqueConstraint,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
@@ -92,7 +96,7 @@ set_aside = Table(
     Column("key", Text, nullable=False),
     _time("recorded_at"),
     CheckConstraint("reason IN ('unattributed', 'unpriced')", name="set_aside_reason"),
-    Index("set_aside_waiting_for", "partition", "reason", "key"),
+    Index("set_aside_waiting_for", "partition", "reason", "key", "occurred_at"),
 )
 
 # The key of a use with another content than the one in the log. Not charged, not lost.
@@ -128,6 +132,19 @@ ingest_counters = Table(
         Column(name, BigInteger, nullable=False)
         for name in ("new", "duplicate", "conflicting", "dead", "unattributed", "unpriced", "charged")
     ),
+)
+
+# Never changed, and never deleted from: every charge names the version it was priced under.
+price_versions = Table(
+    "price_versions",
+    metadata,
+    Column("id", Text, primary_key=True),
+    _time("effective_at"),
+    _time("recorded_at"),
+    # `catalogue`, or the principal who posted it.
+    Column("source", Text, nullable=False),
+    Column("models", JSONB, nullable=False),
+    UniqueConstraint("effective_at", name="price_versions_effective_at"),
 )
 
 outbox = outbox_table(metadata)

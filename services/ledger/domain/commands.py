@@ -12,6 +12,8 @@ from contracts.money import Unit
 Policy = Literal["hard"]
 GrantedKind = Literal["plan", "promo", "bonus", "purchase", "adjustment"]
 Overdue = Literal["release"]
+ClaimReason = Literal["refund", "dispute"]
+ClaimState = Literal["final", "void"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,4 +103,19 @@ class ChargeLine(msgspec.Struct, frozen=True, kw_only=True):
     amounts: tuple[tuple[str, int], ...]
 
 
-Command = OpenAccount | Grant | PlaceHold | ReleaseHold | ChargeLine
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimPayment:
+    """A refund of a payment, or a dispute over it. Of one claim's states that of the highest revision counts."""
+
+    account: str
+    payment: str
+    claim: str
+    reason: ClaimReason
+    state: ClaimState
+    unit: str
+    claimed: int
+    revision: int = 0
+    occurred_at: datetime | None = None
+
+
+Command = OpenAccount | Grant | PlaceHold | ReleaseHold | ChargeLine | ClaimPayment

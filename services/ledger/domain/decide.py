@@ -15,27 +15,29 @@ import msgspec
 from contracts.accounts import path
 from contracts.ids import derived_uuid7
 from contracts.money import AMOUNT_MAX, Unit
+from services.ledger.domain import claims
 from services.ledger.domain.commands import (
     ChargeLine,
+    ClaimPayment,
     Command,
     Grant,
-    GrantedKind,
     OpenAccount,
     PlaceHold,
     ReleaseHold,
     Units,
 )
+from services.ledger.domain.debts import debts_after, repayments
 from services.ledger.domain.entries import (
-    Contra,
-    DebtRepaid,
-    Details,
     HeldLeg,
     HoldPlaced,
-    Kind,
     LotGranted,
     LotKind,
     Move,
+    PaymentClaimed,
     WalletOpened,
+    contra_move,
+    granted_by,
+    payment_of,
 )
 from services.ledger.domain.errors import (
     AccountDiffers,
@@ -46,12 +48,13 @@ from services.ledger.domain.errors import (
     InsufficientFunds,
     InvalidAmount,
     InvalidTime,
+    PaymentDiffers,
     Refusal,
     UnknownUnit,
     WalletNotOpen,
     WalletPolicyDiffers,
 )
-from services.ledger.domain.state import Hold, PartitionState, Wallet
+from services.ledger.domain.state import Hold, PartitionState, Payment, Wallet
 
 # Clocks differ a little; what is said to happen later than this is a mistake.
 AHEAD_MAX: Final = timedelta(minutes=5)
@@ -91,9 +94,11 @@ def decide(state: PartitionState, command: Command, *, units: Units, place: Plac
         case PlaceHold():
             return decide_place_hold(state, command, units=units, place=place)
         case ReleaseHold():
-            return decide_release_hold(state, command, place=place)
+            return decide_release_hold(state, command, units=units, place=place)
         case ChargeLine():
             return decide_charge(state, command, units=units, place=place)
+        case ClaimPayment():
+            return decide_claim_payment(state, command, units=units, place=place)
         case _:
             assert_never(command)
 
@@ -130,7 +135,7 @@ def decide_open_account(
 
 
 def decide_grant(state: PartitionState, command: Grant, *, units: Units, place: Place) -> list[Move] | Refusal:
-    """Add a lot; what is owed is repaid from it at once, oldest first.
+    """Add a lot; claims on its payment that came before take their part, then what is owed is repaid, oldest first.
 
     UnknownUnit, InvalidAmount, InvalidTime, AccountNotOpen, WalletNotOpen.
     """
@@ -141,50 +146,53 @@ def decide_grant(state: PartitionState, command: Grant, *, units: Units, place: 
         return InvalidTime(occurred_at, place.recorded_at)
     wallet = state.wallet(command.account, command.unit)
     if wallet is None:
-        return (
-            WalletNotOpen(command.account, command.unit)
-            if command.account in state.accounts
-            else AccountNotOpen(command.account)
-        )
+        return _not_open(state, command.account, command.unit)
     if not 0 < command.amount <= BALANCE_MAX - wallet.posted:
         return InvalidAmount(command.unit, "a grant is more than 0, and no more than its wallet can still count")
-    unit = units.by_name[command.unit]
     lot = place.new_lot(0)
-
-    def move(kind: Kind, posted: int, details: Details) -> Move:
-        return Move(
-            kind=kind,
-            account=wallet.account,
-            occurred_at=occurred_at,
-            unit=wallet.unit,
-            lot=lot,
-            lot_kind=command.kind,
-            posted=posted,
-            details=details,
-        )
-
-    granted = LotGranted(priority=command.priority, reference=command.reference)
+    granted = Move(
+        kind="lot_granted",
+        account=wallet.account,
+        occurred_at=occurred_at,
+        unit=wallet.unit,
+        lot=lot,
+        lot_kind=command.kind,
+        posted=command.amount,
+        details=LotGranted(priority=command.priority, reference=command.reference),
+    )
     moves = [
-        move("lot_granted", command.amount, granted),
-        _contra(
+        granted,
+        contra_move(
             "lot_granted",
-            _granted_by(command.kind),
-            wallet,
-            unit=unit,
+            granted_by(command.kind),
+            account=wallet.account,
+            unit=units.by_name[command.unit],
             posted=-command.amount,
             occurred_at=occurred_at,
         ),
     ]
-    left = command.amount
-    for debt in wallet.debts():
-        if not left:
-            break
-        paid = min(left, -debt.posted)
-        left -= paid
-        repaid = DebtRepaid(lot=lot, debt=debt.id)
-        moves.append(move("debt_repaid", -paid, repaid))
-        moves.append(msgspec.structs.replace(move("debt_repaid", paid, repaid), lot=debt.id, lot_kind="debt"))
+    moves += _claimed_before(state, command, wallet, granted, units=units, place=place)
+    left = sum(move.posted for move in moves if move.lot == lot)
+    owed = debts_after(wallet, moves)
+    moves += repayments(wallet, lot=lot, lot_kind=command.kind, amount=left, owed=owed, occurred_at=occurred_at)
     return moves
+
+
+def _claimed_before(
+    state: PartitionState, command: Grant, wallet: Wallet, granted: Move, *, units: Units, place: Place
+) -> list[Move]:
+    """What claims that came before take of a lot as it is granted, and, as more is paid, of those granted before."""
+    of_payment = payment_of(command.kind, command.reference)
+    payment = None if of_payment is None else state.payments.get((of_payment, command.account))
+    if payment is None or granted.lot is None or not payment.claimed:
+        return []
+    source = claims.Source(granted.lot, command.kind, wallet)
+    new = claims.Part(source=source, granted=granted.posted, available=granted.posted)
+    parts = [*claims.parts_of(state, payment.id, payment.account), new]
+    clawing = claims.Clawing(
+        payment=payment.id, units=units, occurred_at=granted.occurred_at, new_lots=map(place.new_lot, count(1))
+    )
+    return claims.claim(parts, clawing, unit=payment.unit, claimed=payment.claimed)
 
 
 def decide_place_hold(state: PartitionState, command: PlaceHold, *, units: Units, place: Place) -> list[Move] | Refusal:
@@ -228,8 +236,10 @@ def decide_place_hold(state: PartitionState, command: PlaceHold, *, units: Units
     return moves
 
 
-def decide_release_hold(state: PartitionState, command: ReleaseHold, *, place: Place) -> list[Move] | Refusal:
-    """Give back what a hold holds. An unknown hold is ended before it can be placed.
+def decide_release_hold(
+    state: PartitionState, command: ReleaseHold, *, units: Units, place: Place
+) -> list[Move] | Refusal:
+    """Give back what a hold holds; claims take what they wait for. An unknown hold is ended before it can be placed.
 
     AccountDiffers, HoldReleased, HoldSettled.
     """
@@ -238,7 +248,7 @@ def decide_release_hold(state: PartitionState, command: ReleaseHold, *, place: P
         return AccountDiffers(command.hold, command.account)
     if hold is not None and hold.status != "placed":
         return _hold_is(hold)
-    return _end(
+    moves = _end(
         "hold_released",
         command.hold,
         command.account,
@@ -246,6 +256,14 @@ def decide_release_hold(state: PartitionState, command: ReleaseHold, *, place: P
         state=state,
         occurred_at=place.recorded_at,
         taken={},
+    )
+    return moves + claims.claw_released(
+        state,
+        moves,
+        hold=command.hold,
+        units=units,
+        occurred_at=place.recorded_at,
+        new_lots=map(place.new_lot, count()),
     )
 
 
@@ -289,9 +307,76 @@ def decide_charge(state: PartitionState, line: ChargeLine, *, units: Units, plac
                 taken=taken,
             )
         )
+        moves += claims.claw_released(
+            state, moves, hold=line.hold, units=units, occurred_at=line.occurred_at, new_lots=new_lots
+        )
     if not moves:
         moves.append(Move(kind="charged", account=line.account, occurred_at=line.occurred_at))
     return moves
+
+
+def decide_claim_payment(
+    state: PartitionState, command: ClaimPayment, *, units: Units, place: Place
+) -> list[Move] | Refusal:
+    """Note what a claim says, then take of the payment's lots what all claims on it come to, or give back.
+
+    UnknownUnit, InvalidAmount, InvalidTime, AccountNotOpen, WalletNotOpen, PaymentDiffers.
+    """
+    payment = state.payments.get((command.payment, command.account))
+    if refusal := _check_claim(state, command, payment, units=units, place=place):
+        return refusal
+    content = (command.reason, command.state, command.claimed)
+    if claims.is_unchanged(payment, command.claim, revision=command.revision, content=content):
+        return []
+    others = () if payment is None else (claim for claim in payment.claims.values() if claim.id != command.claim)
+    claimed = sum(claim.claimed for claim in others if claim.state == "final")
+    if command.state == "final":
+        claimed += command.claimed
+    said = Move(
+        kind="payment_claimed",
+        account=command.account,
+        occurred_at=command.occurred_at or place.recorded_at,
+        unit=command.unit,
+        details=PaymentClaimed(
+            payment=command.payment,
+            claim=command.claim,
+            reason=command.reason,
+            state=command.state,
+            claimed=command.claimed,
+            revision=command.revision,
+        ),
+    )
+    clawing = claims.Clawing(
+        payment=command.payment, units=units, occurred_at=said.occurred_at, new_lots=map(place.new_lot, count())
+    )
+    parts = claims.parts_of(state, command.payment, command.account)
+    moves = claims.claim(parts, clawing, unit=command.unit, claimed=claimed)
+    for wallet in {part.wallet.unit: part.wallet for part in parts}.values():
+        posted = sum(move.posted for move in moves if (move.account, move.unit) == (wallet.account, wallet.unit))
+        if not -BALANCE_MAX <= wallet.posted - wallet.overage + posted <= BALANCE_MAX:
+            return InvalidAmount(wallet.unit, "the wallet would owe or have more than it can count")
+    return [said, *moves]
+
+
+def _check_claim(
+    state: PartitionState, command: ClaimPayment, payment: Payment | None, *, units: Units, place: Place
+) -> Refusal | None:
+    if refusal := _check_amounts(units, [(command.unit, command.claimed)]):
+        return refusal
+    if command.occurred_at is not None and command.occurred_at > place.recorded_at + AHEAD_MAX:
+        return InvalidTime(command.occurred_at, place.recorded_at)
+    if state.wallet(command.account, command.unit) is None:
+        return _not_open(state, command.account, command.unit)
+    if payment is None:
+        elsewhere = any(of == command.payment and other.paid for (of, _), other in state.payments.items())
+        return PaymentDiffers(command.payment, command.account) if elsewhere else None
+    if payment.unit not in {None, command.unit}:
+        return InvalidAmount(command.unit, f"the payment {command.payment} is counted in {payment.unit}")
+    return None
+
+
+def _not_open(state: PartitionState, account: str, unit: str) -> AccountNotOpen | WalletNotOpen:
+    return WalletNotOpen(account, unit) if account in state.accounts else AccountNotOpen(account)
 
 
 def _charge_wallet(
@@ -343,13 +428,16 @@ def _charge_wallet(
                 yield charged(next(new_lots) if overage is None else overage.id, "overage", -left)
             case _:
                 assert_never(unit.kind)
-    yield _contra("charged", "@usage", wallet, unit=unit, posted=amount, occurred_at=line.occurred_at)
+    yield contra_move(
+        "charged", "@usage", account=wallet.account, unit=unit, posted=amount, occurred_at=line.occurred_at
+    )
 
 
 def _debt_of(wallet: Wallet, place: Place) -> str | None:
-    """The debt that this very transaction has made in the wallet so far: one transaction makes one."""
+    """The debt that charges of this very transaction have made in the wallet so far: one transaction makes one."""
     began = (place.batch, place.transaction_position)
-    return next((debt.id for debt in reversed(wallet.debts()) if debt.age >= began), None)
+    made = (debt.id for debt in reversed(wallet.debts()) if debt.age >= began and debt.origin is None)
+    return next(made, None)
 
 
 def _end(
@@ -455,23 +543,3 @@ def _check_amounts(units: Units, amounts: Sequence[tuple[str, int]]) -> UnknownU
             return InvalidAmount(unit, "a unit is named once")
         seen.update((unit, *units.mirrors.get(unit, ())))
     return None
-
-
-def _granted_by(kind: GrantedKind) -> Contra:
-    match kind:
-        case "plan":
-            return "@plan"
-        case "promo" | "bonus":
-            return "@promo"
-        case "purchase":
-            return "@stripe"
-        case "adjustment":
-            return "@adjustment"
-        case _:
-            assert_never(kind)
-
-
-def _contra(kind: Kind, contra: Contra, wallet: Wallet, *, unit: Unit, posted: int, occurred_at: datetime) -> Move:
-    """The other side: for money one contra of the partition, for caps one per wallet, as each counts for itself."""
-    account = contra if unit.kind == "money" else f"{contra}/{wallet.account}"
-    return Move(kind=kind, account=account, occurred_at=occurred_at, unit=wallet.unit, posted=posted)

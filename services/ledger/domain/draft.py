@@ -124,7 +124,7 @@ class Transaction:
         for move in moves:
             contra = move.account.startswith("@")
             minute = None if contra else move.occurred_at.replace(second=0, microsecond=0)
-            key = (move.kind, move.account, move.unit, move.lot, move.hold, minute)
+            key = (move.kind, move.account, move.unit, move.lot, move.hold, minute, move.details)
             found = self._sums.get(key)
             if found is None:
                 entry = self._entry(move, len(self._entries) + 1)

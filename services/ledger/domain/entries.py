@@ -1,11 +1,13 @@
 """The journal's lines. Decisions are recorded as entries; every balance is a sum over them."""
 
+import re
 from datetime import datetime
-from typing import Literal
+from typing import Final, Literal, assert_never
 
 import msgspec
 
-from services.ledger.domain.commands import GrantedKind, Overdue, Policy
+from contracts.money import Unit
+from services.ledger.domain.commands import ClaimReason, ClaimState, GrantedKind, Overdue, Policy
 
 Kind = Literal[
     "account_opened",
@@ -16,8 +18,12 @@ Kind = Literal[
     "hold_released",
     "hold_settled",
     "charged",
+    "payment_claimed",
+    "clawed_back",
+    "given_back",
 ]
-# debt: charged beyond the money that was there; the next grant repays it. overage: the same of a cap, never owed.
+# debt: charged or clawed back beyond the money that was there; the next grant repays it. overage: the same of a cap,
+# never owed.
 LotKind = Literal[GrantedKind, "debt", "overage"]
 Contra = Literal["@usage", "@stripe", "@plan", "@promo", "@adjustment"]
 
@@ -75,7 +81,29 @@ class Charged(msgspec.Struct, frozen=True, tag="charged", omit_defaults=True):
     bundle: int | None = None
 
 
-Details = WalletOpened | LotGranted | DebtRepaid | HoldPlaced | Charged
+class PaymentClaimed(msgspec.Struct, frozen=True, tag="payment_claimed", omit_defaults=True):
+    """What a claim on a payment says from now on. `claimed` is in the entry's unit."""
+
+    payment: str
+    claim: str
+    reason: ClaimReason
+    state: ClaimState
+    claimed: int
+    revision: int = 0
+
+
+class ClawedBack(msgspec.Struct, frozen=True, tag="clawed_back", omit_defaults=True):
+    """Which lot of which payment the entry takes back from, or gives back to; its own lot may be a debt in its stead.
+
+    `pending` is what is added to what will be taken of the lot as holds of it end. An entry that names a hold takes it.
+    """
+
+    payment: str
+    lot: str
+    pending: int = 0
+
+
+Details = WalletOpened | LotGranted | DebtRepaid | HoldPlaced | Charged | PaymentClaimed | ClawedBack
 
 
 class Move(msgspec.Struct, frozen=True, gc=False):
@@ -122,3 +150,36 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 def is_contra(account: str) -> bool:
     """Contras are not accounts: they carry the other side of what is posted, and no balance."""
     return account.startswith("@")
+
+
+_PAYMENT: Final = re.compile(r"[A-Za-z0-9_]{1,128}")
+
+
+def payment_of(kind: LotKind, reference: str | None) -> str | None:
+    """The payment that a lot was granted for: what a purchase or a bonus refers to, if it can be one's id."""
+    if reference is None or kind not in {"purchase", "bonus"} or _PAYMENT.fullmatch(reference) is None:
+        return None
+    return reference
+
+
+def granted_by(kind: LotKind) -> Contra:
+    """The contra on the other side of a lot's grant."""
+    match kind:
+        case "plan":
+            return "@plan"
+        case "promo" | "bonus":
+            return "@promo"
+        case "purchase":
+            return "@stripe"
+        case "adjustment":
+            return "@adjustment"
+        case "debt" | "overage":
+            raise ValueError(f"nobody grants a lot of kind {kind}")
+        case _:
+            assert_never(kind)
+
+
+def contra_move(kind: Kind, contra: Contra, *, account: str, unit: Unit, posted: int, occurred_at: datetime) -> Move:
+    """The other side: for money one contra of the partition, for caps one per wallet, as each counts for itself."""
+    of_unit = contra if unit.kind == "money" else f"{contra}/{account}"
+    return Move(kind=kind, account=of_unit, occurred_at=occurred_at, unit=unit.name, posted=posted)

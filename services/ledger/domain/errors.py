@@ -3,7 +3,8 @@
 Refusal
 ├── UnknownUnit, InvalidAmount, InvalidTime      what was asked makes no sense
 ├── AccountNotOpen, WalletNotOpen                nothing is there
-├── WalletPolicyDiffers, AccountDiffers          it is there, and other than was said
+├── WalletPolicyDiffers, AccountDiffers,
+│   PaymentDiffers                               it is there, and other than was said
 ├── HoldExists, HoldReleased, HoldSettled        a hold begins once and ends once
 ├── AlreadyCharged, ChargeDiffers                a use is charged once
 └── InsufficientFunds                            a hard wallet stays above its floor
@@ -99,6 +100,18 @@ class AccountDiffers:
 
 
 @dataclass(frozen=True, slots=True)
+class PaymentDiffers:
+    """The payment is another account's."""
+
+    code: ClassVar = "account_differs"
+    payment: str
+    account: str
+
+    def __str__(self) -> str:
+        return f"the payment {self.payment} is not one of {self.account}"
+
+
+@dataclass(frozen=True, slots=True)
 class HoldExists:
     """A hold of this id is open already."""
 
@@ -179,6 +192,7 @@ Refusal = (
     | WalletNotOpen
     | WalletPolicyDiffers
     | AccountDiffers
+    | PaymentDiffers
     | HoldExists
     | HoldReleased
     | HoldSettled

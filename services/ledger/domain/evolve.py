@@ -2,8 +2,18 @@
 
 from typing import assert_never
 
-from services.ledger.domain.entries import Entry, HoldPlaced, LotGranted, LotKind, WalletOpened, is_contra
-from services.ledger.domain.state import Account, Earmark, Hold, Lot, PartitionState, Wallet
+from services.ledger.domain.entries import (
+    ClawedBack,
+    Entry,
+    HoldPlaced,
+    LotGranted,
+    LotKind,
+    PaymentClaimed,
+    WalletOpened,
+    is_contra,
+    payment_of,
+)
+from services.ledger.domain.state import Account, Claim, Earmark, Hold, Lot, PartitionState, Payment, Wallet
 
 
 class BrokenJournal(Exception):
@@ -31,6 +41,11 @@ def evolve(state: PartitionState, entry: Entry) -> None:
         case "hold_released" | "hold_settled":
             _add(state, entry)
             _end_hold(state, entry)
+        case "payment_claimed":
+            _claim(state, entry)
+        case "clawed_back" | "given_back":
+            _add(state, entry)
+            _claw(state, entry)
         case _:
             assert_never(entry.kind)
 
@@ -72,7 +87,12 @@ def _open_wallet(state: PartitionState, entry: Entry) -> None:
 def _grant_lot(state: PartitionState, entry: Entry) -> None:
     if entry.lot_kind is None or not isinstance(entry.details, LotGranted):
         raise BrokenJournal(f"a grant does not say what lot it adds, at {_place(entry)}")
-    _new_lot(_wallet(state, entry), entry, kind=entry.lot_kind, details=entry.details, granted=entry.posted)
+    lot = _new_lot(_wallet(state, entry), entry, kind=entry.lot_kind, details=entry.details, granted=entry.posted)
+    if (of_payment := payment_of(lot.kind, lot.reference)) is not None:
+        payment = _payment(state, entry, of_payment)
+        if lot.kind == "purchase" and payment.unit in {None, lot.unit}:
+            payment.unit = lot.unit
+            payment.paid += lot.granted
 
 
 def _new_lot(wallet: Wallet, entry: Entry, *, kind: LotKind, details: LotGranted, granted: int) -> Lot:
@@ -101,9 +121,13 @@ def _new_lot(wallet: Wallet, entry: Entry, *, kind: LotKind, details: LotGranted
 
 
 def _new_pseudo_lot(wallet: Wallet, entry: Entry) -> Lot:
-    """What is charged beyond what is there makes a debt or an overage; nothing else comes from nowhere."""
-    if entry.kind == "charged" and (entry.lot_kind == "debt" or entry.lot_kind == "overage"):  # noqa: PLR1714 - mypy narrows only so
-        return _new_lot(wallet, entry, kind=entry.lot_kind, details=_PSEUDO_LOT, granted=0)
+    """What is charged or clawed back beyond what is there makes a debt or an overage; nothing else is from nowhere."""
+    if entry.kind in {"charged", "clawed_back"} and (entry.lot_kind == "debt" or entry.lot_kind == "overage"):  # noqa: PLR1714 - mypy narrows only so
+        details = _PSEUDO_LOT
+        if entry.lot_kind == "debt" and isinstance(entry.details, ClawedBack):
+            # It says in whose stead it is owed: it is cancelled if the claim is.
+            details = LotGranted(priority=0, reference=entry.details.payment, origin=entry.details.lot)
+        return _new_lot(wallet, entry, kind=entry.lot_kind, details=details, granted=0)
     raise BrokenJournal(f"lot {entry.lot} is moved before it is there, at {_place(entry)}")
 
 
@@ -149,6 +173,57 @@ def _end_hold(state: PartitionState, entry: Entry) -> None:
     hold.status = "released" if entry.kind == "hold_released" else "settled"
     hold.ended_at = entry.recorded_at
     state.changes.holds[hold.id] = hold
+
+
+def _payment(state: PartitionState, entry: Entry, of_payment: str) -> Payment:
+    key = (of_payment, entry.account)
+    payment = state.payments.get(key)
+    if payment is None:
+        payment = state.payments[key] = Payment(
+            id=of_payment,
+            account=entry.account,
+            recorded_at=entry.recorded_at,
+            batch=entry.batch,
+            position=entry.position,
+        )
+    state.changes.payments[key] = payment
+    return payment
+
+
+def _claim(state: PartitionState, entry: Entry) -> None:
+    details = entry.details
+    if not isinstance(details, PaymentClaimed):
+        raise BrokenJournal(f"a claim does not say what it claims, at {_place(entry)}")
+    payment = _payment(state, entry, details.payment)
+    payment.unit = entry.unit
+    claim = payment.claims[details.claim] = Claim(
+        id=details.claim,
+        reason=details.reason,
+        state=details.state,
+        claimed=details.claimed,
+        revision=details.revision,
+        occurred_at=entry.occurred_at,
+        recorded_at=entry.recorded_at,
+        transaction=entry.transaction,
+        batch=entry.batch,
+        position=entry.position,
+    )
+    state.changes.claims[payment.id, payment.account, claim.id] = claim
+
+
+def _claw(state: PartitionState, entry: Entry) -> None:
+    """Note on the payment's lot what was taken of it, or in its stead, and what is still to be taken."""
+    details = entry.details
+    lot = _wallet(state, entry).lots.get(details.lot) if isinstance(details, ClawedBack) else None
+    if lot is None or not isinstance(details, ClawedBack):
+        raise BrokenJournal(f"what is clawed back, or given, is of no payment's lot, at {_place(entry)}")
+    lot.clawed -= entry.posted
+    if entry.lot != lot.id:
+        lot.clawed_spent -= entry.posted
+    lot.pending += details.pending
+    if entry.hold is not None:
+        lot.pending += entry.posted
+    state.changes.lots[lot.id] = lot
 
 
 def _add(state: PartitionState, entry: Entry) -> None:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from itertools import islice
 from typing import Final, Literal, TypeVar
 
-from services.ledger.domain.commands import Overdue, Policy
+from services.ledger.domain.commands import ClaimReason, ClaimState, Overdue, Policy
 from services.ledger.domain.entries import HeldLeg, LotKind
 
 Kept = TypeVar("Kept")
@@ -19,7 +19,11 @@ _NEVER: Final = datetime.max.replace(tzinfo=UTC)
 
 @dataclass(slots=True, kw_only=True)
 class Lot:
-    """One grant, or the pseudo-lot of a debt or an overage, whose posted is never above zero."""
+    """One grant, or the pseudo-lot of a debt or an overage, whose posted is never above zero.
+
+    Of a payment's lot: `clawed` is what claims take of it in all, as yet; `clawed_spent` is what had been spent of that
+    and was taken in its stead, as debt or overage, unless cancelled; `pending` is held, and taken as its holds end.
+    """
 
     id: str
     account: str
@@ -40,6 +44,9 @@ class Lot:
     posted: int = 0
     held: int = 0
     frozen: int = 0
+    clawed: int = 0
+    clawed_spent: int = 0
+    pending: int = 0
 
     @property
     def available(self) -> int:
@@ -158,6 +165,44 @@ class Hold:
         return next((leg for leg in self.legs if leg.unit == unit), None)
 
 
+@dataclass(slots=True, kw_only=True)
+class Claim:
+    """A refund or a dispute as it stands."""
+
+    id: str
+    reason: ClaimReason
+    state: ClaimState
+    claimed: int
+    revision: int
+    occurred_at: datetime
+    recorded_at: datetime
+    transaction: str
+    batch: int
+    position: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Payment:
+    """What was granted to an account for a payment, and the claims on it. Either may come first.
+
+    `unit` is that of its first purchase or claim; until then it is null. `paid` sums its purchases in that unit.
+    """
+
+    id: str
+    account: str
+    recorded_at: datetime
+    batch: int
+    position: int
+    unit: str | None = None
+    paid: int = 0
+    claims: dict[str, Claim] = field(default_factory=dict)
+
+    @property
+    def claimed(self) -> int:
+        """What has gone back for good, by all claims: it may be more than was paid."""
+        return sum(claim.claimed for claim in self.claims.values() if claim.state == "final")
+
+
 @dataclass(slots=True)
 class Changes:
     """What has been touched since the projections were last written."""
@@ -167,17 +212,21 @@ class Changes:
     lots: dict[str, Lot] = field(default_factory=dict)
     holds: dict[str, Hold] = field(default_factory=dict)
     earmarks: dict[tuple[str, str, str, str], Earmark] = field(default_factory=dict)
+    payments: dict[tuple[str, str], Payment] = field(default_factory=dict)
+    claims: dict[tuple[str, str, str], Claim] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class PartitionState:
     """The accounts and holds of a partition: all of them in a replay, those that are in use in a running service.
 
-    An account that is here is here whole, but for lots of which nothing is left.
+    An account that is here is here whole, but for lots of which nothing is left. Payments, by their id and account, are
+    read whenever a command names one: with them all lots granted for them, spent or not.
     """
 
     accounts: dict[str, Account] = field(default_factory=dict)
     holds: dict[str, Hold] = field(default_factory=dict)
+    payments: dict[tuple[str, str], Payment] = field(default_factory=dict)
     changes: Changes = field(default_factory=Changes)
 
     def wallet(self, account: str, unit: str) -> Wallet | None:
@@ -200,6 +249,7 @@ class PartitionState:
         for hold in self.changes.holds.values():
             if hold.status != "placed":
                 self.holds.pop(hold.id, None)
+        self.payments.clear()
         self.changes = Changes()
 
     def shrink(self, *, accounts_max: int, holds_max: int) -> None:

@@ -26,7 +26,7 @@ class Charge:
 
 @dataclass(frozen=True, slots=True)
 class SetAside:
-    """A use that is logged and not charged yet. `key` is what it waits for: an account, or `provider/model`."""
+    """A use that is logged and not charged yet. `key` is what it waits for: an account, or a price (NoPrice)."""
 
     usage: Usage
     reason: Reason
@@ -69,8 +69,8 @@ def decide_charges(priced: Iterable[tuple[Usage, Rated | NoPrice]], *, open_acco
         match price:
             case Rated():
                 charges.append(Charge(usage=usage, rated=price))
-            case NoPrice(model=model):
-                set_aside.append(SetAside(usage=usage, reason="unpriced", key=model))
+            case NoPrice(key=key):
+                set_aside.append(SetAside(usage=usage, reason="unpriced", key=key))
             case _:
                 assert_never(price)
     return Decided(charges=charges, set_aside=set_aside)

@@ -12,6 +12,9 @@ from contracts.usage import ModelUsed
 
 AHEAD_MAX: Final = timedelta(minutes=5)
 
+# Only who quotes calls knows what a call was quoted with. Anybody else could choose the cheapest version.
+PINNING_SOURCE: Final = "gateway"
+
 # (partition, source, event id): whose use is one and the same.
 Key = tuple[int, str, str]
 
@@ -37,15 +40,17 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 def report_problems(
-    *, source: str, reporter: str, occurred_at: datetime | None, received_at: datetime
+    *, source: str, reporter: str, occurred_at: datetime | None, received_at: datetime, price_version: str | None = None
 ) -> Sequence[Problem]:
-    """What is wrong with a readable event because of who reports it, or when."""
+    """What is wrong with a readable event because of who reports it, or when, or what price version it is pinned to."""
     problems = []
     if source != reporter:
         problems.append(Problem("source", f"the source is {source}, but {reporter} reports it"))
     if occurred_at is not None and occurred_at - received_at > AHEAD_MAX:
         ahead = int((occurred_at - received_at).total_seconds())
         problems.append(Problem("time", f"the time is {ahead} seconds ahead, more than {AHEAD_MAX.seconds} seconds"))
+    if price_version is not None and source != PINNING_SOURCE:
+        problems.append(Problem("data.price_version", f"only {PINNING_SOURCE} pins use to a price version"))
     return problems
 
 

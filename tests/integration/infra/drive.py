@@ -5,7 +5,8 @@ import sys
 from rich.console import Console
 
 from infra.errors import StackError
-from infra.supervisor import Service, up
+from infra.services import Service
+from infra.supervisor import up
 
 SERVICES = tuple(Service(name=name, module="tests.integration.infra.stand_in") for name in ("ledger", "metering"))
 

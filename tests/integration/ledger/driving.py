@@ -35,6 +35,8 @@ RECORD_AND_PROJECTIONS: Final = (
     "lots",
     "holds",
     "hold_lots",
+    "payments",
+    "claims",
     "outbox",
     "dead_letters",
 )

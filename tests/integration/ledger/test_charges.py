@@ -215,6 +215,8 @@ async def test_replay_rebuilds_every_projection_and_notices_a_difference(driver:
             "lots": 4,
             "holds": 2,
             "hold_lots": 2,
+            "payments": 0,
+            "claims": 0,
         }
         assert not any(check.breaches for check in audit(database.url("ledger")))
 

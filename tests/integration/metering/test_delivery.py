@@ -63,7 +63,7 @@ async def subscriber(
         reader=reader(client, stream=USAGE, ack_wait_seconds=30, batch_size_max=batch_size_max),
         durable=METERING_CONSUMER,
         writer=writer,
-        price_book=price_book(),
+        price_book=price_book,
         known=Known(),
         notify=lambda _rows: None,
     )

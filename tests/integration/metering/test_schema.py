@@ -52,7 +52,7 @@ def test_every_business_table_begins_with_the_partition(owner: Connection[TupleR
         "SELECT relname, attname FROM pg_attribute JOIN pg_class c ON c.oid = attrelid"
         " WHERE relnamespace = 'metering'::regnamespace AND relkind IN ('r', 'p') AND attnum = 1"
     ).fetchall()
-    others = {"schema_version", "members", "dead_letters"}
+    others = {"schema_version", "members", "dead_letters", "price_versions"}
     assert {table for table, column in first if column != "partition"} == others
 
 
@@ -110,6 +110,21 @@ def test_the_outbox_and_the_directory_are_only_added_to(runtime: Connection[Tupl
     for table in ("outbox", "directory"):
         for statement in (f"DELETE FROM {table}", f"TRUNCATE {table}", f"UPDATE {table} SET partition = 1"):
             refused(runtime, statement, psycopg.errors.InsufficientPrivilege)
+
+
+def test_a_price_version_is_never_changed(runtime: Connection[TupleRow], owner: Connection[TupleRow]) -> None:
+    version = "INSERT INTO price_versions VALUES (%s, %s, now(), 'operator', '[]')"
+    runtime.execute(version, ["v1", "2026-01-01Z"])
+    for twin in (["v1", "2026-01-02Z"], ["v2", "2026-01-01Z"]):
+        with pytest.raises(psycopg.errors.UniqueViolation):
+            runtime.execute(version, twin)
+    for statement in (
+        "DELETE FROM price_versions",
+        "UPDATE price_versions SET models = '[1]'",
+        "TRUNCATE price_versions",
+    ):
+        refused(runtime, statement, psycopg.errors.InsufficientPrivilege)
+        refused(owner, statement, psycopg.errors.RaiseException)
 
 
 def test_months_are_made_once_within_bounds_and_by_nobody_else(runtime: Connection[TupleRow]) -> None:

@@ -12,10 +12,20 @@ from contracts.ids import uuid7
 from contracts.money import Unit
 from services.ledger import tables
 from services.ledger.domain.chain import GENESIS
-from services.ledger.domain.commands import ChargeLine, Command, Grant, GrantedKind, Leg, OpenAccount, Scope, Units
+from services.ledger.domain.commands import (
+    ChargeLine,
+    ClaimPayment,
+    Command,
+    Grant,
+    GrantedKind,
+    Leg,
+    OpenAccount,
+    Scope,
+    Units,
+)
 from services.ledger.domain.decide import decide, decide_charge
 from services.ledger.domain.draft import Draft, Head, Recorded
-from services.ledger.domain.entries import Charged, Details, Entry, Move
+from services.ledger.domain.entries import Charged, Details, Entry, Move, payment_of
 from services.ledger.domain.errors import Refusal
 from services.ledger.domain.evolve import evolve
 from services.ledger.domain.state import PartitionState, Wallet
@@ -90,9 +100,11 @@ class Book:
         """Open an account with hard wallets."""
         self.do(OpenAccount(account=account, wallets=tuple((unit, "hard") for unit in units)))
 
-    def grant(self, account: str, unit: str, amount: int, *, kind: GrantedKind = "purchase") -> str:
+    def grant(
+        self, account: str, unit: str, amount: int, *, kind: GrantedKind = "purchase", reference: str | None = None
+    ) -> str:
         """Grant a lot; its id."""
-        moves = self.do(Grant(account=account, unit=unit, amount=amount, kind=kind))
+        moves = self.do(Grant(account=account, unit=unit, amount=amount, kind=kind, reference=reference))
         assert moves[0].lot is not None
         return moves[0].lot
 
@@ -137,7 +149,7 @@ class Book:
         spent = tables.lots.columns.keys().index("spent")
         rows = {name: list(found.values()) for name, found in self.tables.items()}
         rows["lots"] = [row for row in rows["lots"] if not row[spent]]
-        del rows["holds"], rows["hold_lots"]
+        del rows["holds"], rows["hold_lots"], rows["payments"], rows["claims"]
         add_rows({PARTITION: self.state}, rows)
 
     # Then
@@ -173,10 +185,34 @@ class Book:
 
     def _recall(self, command: Command) -> None:
         """Read the hold of a command from the tables, if it is not in memory."""
+        if isinstance(command, Grant) and (payment := payment_of(command.kind, command.reference)) is not None:
+            self._recall_payment(payment, command.account, claiming=False)
+        if isinstance(command, ClaimPayment):
+            self._recall_payment(command.payment, command.account, claiming=True)
         hold = getattr(command, "hold", None)
         if hold is not None and hold not in self.state.holds and (PARTITION, hold) in self.tables["holds"]:
             earmarks = [row for key, row in self.tables["hold_lots"].items() if key[:2] == (PARTITION, hold)]
             add_rows({PARTITION: self.state}, {"holds": [self.tables["holds"][PARTITION, hold]], "hold_lots": earmarks})
+
+    def _recall_payment(self, payment: str, account: str, *, claiming: bool) -> None:
+        """Read a payment from the tables, and its lots, spent or not, if a claim is made or has been."""
+
+        def found(name: str, **values: object) -> list[Row]:
+            columns = tables.metadata.tables[name].columns.keys()
+            rows = [dict(zip(columns, row, strict=True)) for row in self.tables[name].values()]
+            return [tuple(row.values()) for row in rows if all(row[key] == value for key, value in values.items())]
+
+        rows = {
+            "payments": found("payments", payment=payment, **({} if claiming else {"account": account})),
+            "claims": found("claims", payment=payment, account=account),
+        }
+        if claiming or any(row[5] for row in rows["payments"]):
+            rows["lots"] = [
+                lot
+                for kind in ("purchase", "bonus")
+                for lot in found("lots", reference=payment, account=account, kind=kind)
+            ]
+        add_rows({PARTITION: self.state}, rows)
 
     def _draft(self) -> Draft:
         self.now += timedelta(milliseconds=1)

@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -10,13 +11,28 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 from contracts.accounts import path
 from services.ledger.domain.chain import GENESIS, entry_hash
-from services.ledger.domain.commands import ChargeLine, Grant, Leg, OpenAccount, PlaceHold, ReleaseHold
+from services.ledger.domain.commands import (
+    ChargeLine,
+    ClaimPayment,
+    ClaimState,
+    Grant,
+    GrantedKind,
+    Leg,
+    OpenAccount,
+    PlaceHold,
+    ReleaseHold,
+)
 from services.ledger.domain.entries import is_contra
+from services.ledger.tables import lots as lots_table
 from tests.unit.ledger.book import BEGIN, PARTITION, UNITS, Book, hold_id, line
 
 ACCOUNTS = ("r", "r/a", "r/a/k", "r/b")
 NAMES = tuple(UNITS.by_name)
 amounts = st.integers(0, 40)
+# Mostly the same payment, account and unit, or a claim would seldom find its grant.
+bought = st.sampled_from(
+    (*[("pi_1", "r", "usd")] * 5, *[("pi_2", "r/a", "usd")] * 3, ("pi_1", "r", "points"), ("pi_1", "r/a", "usd"))
+)
 
 
 @dataclass
@@ -26,10 +42,30 @@ class Purse:
     posted: int = 0
     overage: int = 0
     held: Counter[str] = field(default_factory=Counter)
+    clawed: int = 0
 
     @property
     def free(self) -> int:
-        return self.posted - self.held.total()
+        return self.posted - self.clawed - self.held.total()
+
+
+@dataclass
+class Bought:
+    """A payment to the model: what was granted for it by kind and unit, and its claims: revision, state, amount."""
+
+    unit: str | None = None
+    granted: Counter[tuple[str, str]] = field(default_factory=Counter)
+    claims: dict[str, tuple[int, str, int]] = field(default_factory=dict)
+
+    def taken(self) -> Counter[tuple[str, str]]:
+        """What claims take, at once or later, by kind and unit."""
+        paid = self.granted["purchase", self.unit or ""]
+        clawed = min(paid, sum(amount for _, state, amount in self.claims.values() if state == "final"))
+        found = Counter({("purchase", self.unit or ""): clawed})
+        for (kind, unit), amount in self.granted.items():
+            if kind == "bonus" and paid:
+                found[kind, unit] = amount * clawed // paid
+        return found
 
 
 class Model:
@@ -40,6 +76,7 @@ class Model:
         self.purses: dict[tuple[str, str], Purse] = {}
         self.holds: dict[str, str] = {}
         self.hold_of: dict[str, tuple[str, dict[str, list[str]]]] = {}
+        self.bought: defaultdict[tuple[str, str], Bought] = defaultdict(Bought)
 
     def concerned(self, account: str, unit: str) -> list[str]:
         found = [each for each in path(account) if (each, unit) in self.purses]
@@ -67,6 +104,22 @@ class Model:
             self.purses[each, unit].held[command.hold] += amount
         self.holds[command.hold] = "placed"
         self.hold_of[command.hold] = (command.account, pinned)
+        return None
+
+    def claim(self, command: ClaimPayment) -> str | None:
+        """Null, or why not."""
+        if (command.account, command.unit) not in self.purses:
+            return "wallet_not_open" if command.account in self.open else "account_not_open"
+        key = (command.payment, command.account)
+        others = (each for (payment, _), each in self.bought.items() if payment == command.payment)
+        if key not in self.bought and any(each.granted["purchase", each.unit or ""] for each in others):
+            return "account_differs"
+        bought = self.bought[key]
+        if bought.unit not in {None, command.unit}:
+            return "invalid_amount"
+        bought.unit = command.unit
+        if command.revision >= bought.claims.get(command.claim, (0, "", 0))[0]:
+            bought.claims[command.claim] = (command.revision, command.state, command.claimed)
         return None
 
     def end(self, hold: str, status: str, account: str) -> None:
@@ -124,6 +177,9 @@ class Ledger(RuleBasedStateMachine):
         for account, unit in sorted(wallets):
             self.open_account(account, [unit])
             self.grant(account, unit, amount, "purchase", 100)
+        for account in ("r", "r/a"):
+            self.open_account(account, ["usd"])
+        self.grant_for_a_payment(("pi_1", "r", "usd"), amount, "purchase")
 
     @rule(account=st.sampled_from(ACCOUNTS), units=st.lists(st.sampled_from(NAMES), max_size=3))
     def open_account(self, account: str, units: list[str]) -> None:
@@ -153,6 +209,49 @@ class Ledger(RuleBasedStateMachine):
             purse.posted += amount
 
     @rule(
+        of=bought,
+        amount=st.integers(1, 40),
+        kind=st.sampled_from(("purchase", "purchase", "bonus")),
+    )
+    def grant_for_a_payment(self, of: tuple[str, str, str], amount: int, kind: GrantedKind) -> None:
+        payment, account, unit = of
+        decided = self.book.ask(Grant(account=account, unit=unit, amount=amount, kind=kind, reference=payment))
+        assert isinstance(decided, list) == ((account, unit) in self.model.purses)
+        if isinstance(decided, list):
+            self.model.purses[account, unit].posted += amount
+            bought = self.model.bought[payment, account]
+            bought.granted[kind, unit] += amount
+            if kind == "purchase":
+                bought.unit = bought.unit or unit
+
+    @rule(
+        of=bought,
+        claim=st.sampled_from(("re_1", "re_2", "dp_1")),
+        state=st.sampled_from(("final", "final", "void")),
+        claimed=st.integers(0, 60),
+        revision=st.integers(0, 3),
+    )
+    def claim(self, of: tuple[str, str, str], claim: str, state: ClaimState, claimed: int, revision: int) -> None:
+        payment, account, unit = of
+        before = self.tables()
+        command = ClaimPayment(
+            account=account,
+            payment=payment,
+            claim=claim,
+            reason="refund",
+            state=state,
+            unit=unit,
+            claimed=claimed,
+            revision=revision,
+        )
+        expected = self.model.claim(command)
+        decided = self.book.ask(command)
+        assert (None if isinstance(decided, list) else decided.code) == expected
+        if decided == [] or not isinstance(decided, list):
+            assert self.tables() == before
+        assert self.book.ask(command) == (decided if expected else [])
+
+    @rule(
         target=holds,
         account=st.sampled_from(ACCOUNTS),
         units=st.lists(st.sampled_from(("usd", "points", "tokens")), min_size=1, max_size=2, unique=True),
@@ -165,12 +264,34 @@ class Ledger(RuleBasedStateMachine):
         self.place(command)
         return command.hold
 
+    @rule(
+        target=holds,
+        of=bought,
+        held=st.integers(1, 60),
+        claimed=st.integers(1, 60),
+        charged=st.none() | st.integers(0, 60),
+        ends=st.booleans(),
+    )
+    def claim_what_is_held(
+        self, of: tuple[str, str, str], held: int, claimed: int, charged: int | None, ends: bool
+    ) -> str:
+        """And end the hold, perhaps: by itself that seldom happens."""
+        hold, (_, account, unit) = hold_id(), of
+        self.place(PlaceHold(hold=hold, account=account, legs=(Leg(unit, 0, held),)))
+        self.claim(of, "re_1", "final", claimed, 3)
+        if ends and charged is None:
+            self.release(hold, account)
+        elif ends:
+            self.charge([(account, {unit: charged or 0}, 0), (account, {unit: 1}, 0)], hold, alone=False)
+        return hold
+
     @rule(hold=holds, account=st.sampled_from(ACCOUNTS))
     def place_hold_again(self, hold: str, account: str) -> None:
         self.place(PlaceHold(hold=hold, account=account, legs=(Leg("usd", 0, 5),)))
 
     def place(self, command: PlaceHold) -> None:
         before = self.tables()
+        self.learn_what_was_clawed()
         expected = self.model.place(command)
         decided = self.book.ask(command)
         if isinstance(decided, list):
@@ -233,15 +354,54 @@ class Ledger(RuleBasedStateMachine):
     def restart(self) -> None:
         self.book.restart()
 
+    def lots(self) -> list[dict[str, Any]]:
+        names = lots_table.columns.keys()
+        return [dict(zip(names, row, strict=True)) for row in self.book.tables["lots"].values()]
+
+    def learn_what_was_clawed(self) -> None:
+        """When claims take what they take is left to the book; how much is a law of its own."""
+        for purse in self.model.purses.values():
+            purse.clawed = 0
+        for lot in self.lots():
+            self.model.purses[lot["account"], lot["unit"]].clawed += lot["clawed"]
+
+    @invariant()
+    def claims_take_what_was_paid_once_and_of_a_bonus_as_much_in_proportion(self) -> None:
+        taken: defaultdict[tuple[str, str], Counter[tuple[str, str]]] = defaultdict(Counter)
+        for lot in self.lots():
+            if lot["clawed"] or lot["pending"]:
+                taken[lot["reference"], lot["account"]][lot["kind"], lot["unit"]] += lot["clawed"] + lot["pending"]
+        for key, bought in self.model.bought.items():
+            assert +taken.pop(key, Counter()) == +bought.taken()
+        assert not taken
+
+    @invariant()
+    def what_is_pending_is_held_and_nothing_is_owed_that_could_be_taken(self) -> None:
+        owed = Counter({lot["origin"]: -lot["posted"] for lot in self.lots() if lot["kind"] == "debt"})
+        spent: Counter[str] = Counter()
+        for entry in self.book.entries:
+            if entry.lot is not None and entry.kind in {"charged", "debt_repaid"}:
+                spent[entry.lot] -= entry.posted
+        for lot in self.lots():
+            available = lot["posted"] - lot["held"]
+            assert 0 <= lot["pending"] <= lot["held"]
+            assert not (lot["pending"] and available)
+            assert lot["clawed_spent"] <= max(spent[lot["lot_id"]], 0)
+            if owed[lot["lot_id"]]:
+                assert lot["pending"] == lot["held"]
+                assert not available
+
     @invariant()
     def wallets_are_as_the_model_has_them(self) -> None:
+        self.learn_what_was_clawed()
         live = {
             (account, wallet.unit): (wallet.posted, wallet.held, wallet.overage)
             for account, found in self.book.state.accounts.items()
             for wallet in found.wallets.values()
         }
         assert live == {
-            key: (purse.posted, purse.held.total(), purse.overage) for key, purse in self.model.purses.items()
+            key: (purse.posted - purse.clawed, purse.held.total(), purse.overage)
+            for key, purse in self.model.purses.items()
         }
 
     @invariant()

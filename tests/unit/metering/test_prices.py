@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +16,7 @@ from contracts.pricing import PriceVersion, Rated
 from contracts.usage import TOKENS_MAX, ModelUsed
 from services.kit.catalogue import load_catalogue
 from services.metering.domain.prices import NoPrice, PriceBook
-from services.metering.translate import read_price_book
+from services.metering.translate import InvalidVersion, VersionRow, read_price_book, read_version
 from tests.unit.metering.building import NOON, USD, price_book, price_version, usage
 
 CATALOGUE = Path(__file__).parents[3] / "infra" / "catalogue" / "catalogue.toml"
@@ -69,7 +69,7 @@ def test_late_use_costs_what_it_cost_then() -> None:
 )
 def test_what_has_no_price_is_never_free(missing: Any) -> None:
     price = price_book().price(missing)
-    assert price == NoPrice(model=f"{missing.used.provider}/{missing.used.model}")
+    assert price == NoPrice(key=f"{missing.used.provider}/{missing.used.model}")
 
 
 @given(
@@ -127,6 +127,25 @@ def test_a_price_book_with_a_mistake_is_refused(wrong: dict[str, Any]) -> None:
         read_price_book([wrong], units={"usd": USD})
 
 
+def test_everything_wrong_with_a_version_is_said_at_once() -> None:
+    rates = [
+        {"quantity": "input_tokens", "unit": "eur", "price": "1", "per": 1},
+        {"quantity": "input_tokens", "unit": "usd", "price": "1", "per": 3},
+        {"quantity": "calls", "unit": "usd", "price": "1", "per": 1},
+        {"quantity": "calls", "unit": "usd", "price": "2", "per": 1},
+    ]
+    models = [{"provider": "openai", "model": "m", "rates": rates}] * 2
+    row = VersionRow.model_validate({"id": "v", "effective_at": "2026-01-01T00:00:00Z", "models": models})
+    with pytest.raises(InvalidVersion) as refusal:
+        read_version(row, units={"usd": USD})
+    assert [problem.field for problem in refusal.value.problems if problem.field.startswith("models/0")] == [
+        "models/0/rates/0",
+        "models/0/rates/1",
+        "models/0/rates/3",
+    ]
+    assert "models/1" in [problem.field for problem in refusal.value.problems]
+
+
 def test_two_versions_never_share_an_id_or_a_time() -> None:
     first, second = versions([0, 1])
     for twin in (replace(second, id=first.id), replace(second, effective_at=first.effective_at)):
@@ -143,3 +162,18 @@ def test_a_model_is_listed_once_in_a_version() -> None:
     section = [{"id": "v", "effective_at": datetime.isoformat(NOON), "models": [model, model]}]
     with pytest.raises(ValueError, match="twice"):
         read_price_book(section, units={"usd": USD})
+
+
+def test_the_catalogues_second_version_counts_tokens_and_calls_at_the_same_prices() -> None:
+    catalogue = load_catalogue(CATALOGUE)
+    book = read_price_book(catalogue.section("price_versions"), units=catalogue.units)
+    first, second = book.versions
+    assert second.effective_at == datetime(2026, 11, 1, tzinfo=UTC)
+    for model, rates in first.rates.items():
+        assert [each for each in second.rates[model] if each.unit == "usd"] == list(rates)
+    for rates in second.rates.values():
+        assert [(each.quantity, each.unit, each.price, each.per) for each in rates if each.unit != "usd"] == [
+            ("input_tokens", "tokens", Decimal(1), 1),
+            ("output_tokens", "tokens", Decimal(1), 1),
+            ("calls", "calls", Decimal(1), 1),
+        ]

@@ -88,6 +88,23 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
     assert places(found.problems) == {"source", "time", "subject"}
 
 
+@given(st.sampled_from(["demo", "gateway"]), st.booleans(), st.booleans())
+def test_only_the_gateway_pins_use_to_a_price_version(source: str, pinned: bool, otherwise_bad: bool) -> None:
+    data = {"data_price_version": "v1"} if pinned else {}
+    bad = {"data_input_tokens": -1} if otherwise_bad else {}
+    report = body(1, source=source, **data, **bad)
+    expected = {"data.price_version"} if pinned and source == "demo" else set()
+    expected |= {"data.input_tokens"} if otherwise_bad else set()
+    found = read(report, reporter=source)
+    assert (places(found.problems) if isinstance(found, Letter) else set()) == expected
+    if not expected:
+        translate.read_report(report, reporter=source, received_at=datetime.now(UTC))
+        return
+    with pytest.raises(InvalidEvent) as refusal:
+        translate.read_report(report, reporter=source, received_at=datetime.now(UTC))
+    assert places(refusal.value.problems) == expected
+
+
 def test_use_on_the_subject_of_another_partition_is_dead_and_the_letter_knows_where_it_belongs() -> None:
     found = read(body(1), partition="xx")
     assert isinstance(found, Letter)

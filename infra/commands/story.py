@@ -1,0 +1,23 @@
+"""`scrip story`: an account, its keys, its calls and its credits, played step by step on the running stack."""
+
+import typer
+from rich.console import Console
+
+from infra import state
+from infra.demo.story import play
+from infra.demo.story_doors import Target
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command of this module."""
+    app.command()(story)
+
+
+def story() -> None:
+    """Tell the story of an account, on both simulators. Exit code 1 names the step that differs. Every time anew."""
+    console = Console()
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    play(Target.running(state.locate()), say)

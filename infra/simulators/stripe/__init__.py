@@ -1,0 +1,1 @@
+"""A Stripe for one machine: Checkout, payments, refunds, disputes; webhooks signed, repeated, reordered, retried."""

@@ -1,0 +1,1 @@
+"""What is sold, and what a payment and the claims on it come to. Pure."""

@@ -1,0 +1,1 @@
+"""What the gateway decides: quotes, counts, which secret. Pure: no I/O, clock, random."""

@@ -1,0 +1,1 @@
+"""Provider secrets (sealed), access keys (hashed), key policies, and their audit trail."""

@@ -1,0 +1,165 @@
+"""The price book of a process: read from its table, told to whoever prices; and what it prices anew is charged."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Final
+
+import psycopg
+from psycopg_pool import PoolTimeout
+
+from contracts.money import Unit
+from contracts.pricing import PriceVersion
+from services.kit.clock import now
+from services.kit.database import Pool, Writer
+from services.kit.outbox import OutboxRow
+from services.kit.telemetry import FAULTS, get_logger
+from services.metering import handlers, store, translate
+from services.metering.domain.prices import PriceBook, is_new
+from services.metering.store import Connection
+
+log = get_logger(__name__)
+
+CATALOGUE: Final = "catalogue"
+
+POLL_SECONDS: Final = 1.0
+# How long a use may wait whose batch was priced with a book that another process had extended already.
+SWEEP_SECONDS: Final = 5.0
+
+_DATABASE_AWAY: Final = (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout, TimeoutError, OSError)
+
+
+class PriceKeeper:
+    """Keeps the price book. Versions that other processes add are known within seconds.
+
+    Of the partitions that this process holds, use that waits for a price is charged as soon as there is one; and
+    looked for again and again, so that nothing is forgotten by whoever dies.
+    """
+
+    def __init__(
+        self,
+        *,
+        writer: Writer,
+        pool: Pool,
+        units: Mapping[str, Unit],
+        partitions: Callable[[], frozenset[int]],
+        notify: Callable[[Sequence[OutboxRow]], None],
+        poll_seconds: float = POLL_SECONDS,
+        sweep_seconds: float = SWEEP_SECONDS,
+    ) -> None:
+        """`writer` is the keeper's own. `notify` is told what has been committed to the outbox."""
+        self._writer = writer
+        self._pool = pool
+        self._partitions = partitions
+        self._notify = notify
+        self._poll_seconds = poll_seconds
+        self._sweep_seconds = sweep_seconds
+        self._book = PriceBook([], units=units)
+        self._stopping = asyncio.Event()
+
+    def book(self) -> PriceBook:
+        """The book as it was read last. It is another object after every extension."""
+        return self._book
+
+    async def start(self, catalogue: Iterable[PriceVersion]) -> None:
+        """Read the book, and add the catalogue's versions. VersionRefused if one contradicts what is stored."""
+        async with self._writer.transaction() as connection:
+            await self._read(connection)
+            for version in catalogue:
+                await self._add(connection, version, source=CATALOGUE, backdate=True)
+
+    async def add(self, version: PriceVersion, *, source: str, backdate: bool) -> bool:
+        """Store a version; False if it is stored already. IdTaken, TimeTaken, InThePast."""
+        async with self._pool.connection() as connection:
+            await self._read(connection)
+            return await self._add(connection, version, source=source, backdate=backdate)
+
+    async def refresh(self) -> None:
+        """Read what was added since the last time."""
+        async with self._pool.connection() as connection:
+            await self._read(connection)
+
+    async def run(self) -> None:
+        """Follow the table, and charge what has a price by now, until `stop`."""
+        swept_at = float("-inf")
+        swept_with: PriceBook | None = None
+        while not self._stopping.is_set():
+            try:
+                await self.refresh()
+                book = self._book
+                if book is not swept_with or time.monotonic() - swept_at >= self._sweep_seconds:
+                    await self.sweep()
+                    swept_with, swept_at = book, time.monotonic()
+            except _DATABASE_AWAY as error:
+                FAULTS.labels(place="metering.prices").inc()
+                log.error("price book not followed", retry_seconds=self._poll_seconds, error=repr(error))
+            except ValueError as error:
+                # Stored by a process with another catalogue. Those that do not know its units go on as they are.
+                FAULTS.labels(place="metering.prices").inc()
+                log.error("price book not readable, the last one stays in force", reason=str(error))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._poll_seconds):
+                    await self._stopping.wait()
+
+    def stop(self) -> None:
+        """Let `run` return soon."""
+        self._stopping.set()
+
+    async def sweep(self) -> None:
+        """Charge what waits for a price that the book has, in the partitions that this process holds."""
+        book, partitions = self._book, self._partitions()
+        if not partitions:
+            return
+        async with self._pool.connection() as connection:
+            waiting = await store.find_missing_prices(connection, partitions)
+        for partition, key in waiting:
+            if self._stopping.is_set():
+                return
+            if book.priced_times(key):
+                await self._charge(partition, key, book)
+
+    async def _charge(self, partition: int, key: str, book: PriceBook) -> None:
+        try:
+            rows = await handlers.charge_unpriced(partition, key, writer=self._writer, price_book=book)
+        except _DATABASE_AWAY:
+            raise
+        except Exception as error:
+            # What waits under one key must not hold up what waits under others. It is tried again at the next sweep.
+            FAULTS.labels(place="metering.unpriced").inc()
+            log.error("use that waits for a price cannot be charged", partition=partition, key=key, exc_info=error)
+            return
+        self._notify(rows)
+        if rows:
+            log.info("use charged that had waited for a price", partition=partition, key=key)
+
+    async def _add(self, connection: Connection, version: PriceVersion, *, source: str, backdate: bool) -> bool:
+        recorded_at = now()
+        while is_new(version, book=self._book, at=recorded_at, backdate=backdate):
+            added = await store.add_price_version(
+                connection,
+                id=version.id,
+                effective_at=version.effective_at,
+                recorded_at=recorded_at,
+                source=source,
+                models=translate.models_as_json(version),
+            )
+            await self._read(connection)
+            if added:
+                log.info("price version stored", id=version.id, effective_at=version.effective_at.isoformat())
+                return True
+            # Another process was faster, with this id or this time: the book says which, now.
+        return False
+
+    async def _read(self, connection: Connection) -> None:
+        rows = await store.find_price_versions(connection, known=[version.id for version in self._book.versions])
+        # Nothing is awaited from here on: the book that is extended is still the last one.
+        further = [
+            translate.stored_version(
+                id=row.id, effective_at=row.effective_at, models=row.models, units=self._book.units
+            )
+            for row in rows
+            if self._book.find(row.id) is None
+        ]
+        if further:
+            self._book = self._book.extended(further)
