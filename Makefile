@@ -23,7 +23,7 @@ test: $(DEVELOPMENT) ## format, lint, types, import rules and all tests but the 
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not soak"
+	$(BIN)/python -m pytest -n 2 -m "not soak"
 
 soak: $(DEVELOPMENT) ## the long forms of the tests
 	$(BIN)/python -m pytest -m soak --timeout 0

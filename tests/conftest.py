@@ -31,6 +31,8 @@ from nats.aio.client import Client
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from pydantic import SecretStr
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from contracts.streams import CONSUMERS, OPERATOR, STREAMS, inbox_prefix
 from infra.provision import consumer_config, operator, stream_config
@@ -70,6 +72,17 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         directory = Path(os.environ.pop(_RUN_DIRECTORY))
         stop(directory)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """Tests that run a whole stack go to one worker, so that they share one."""
+    return _OneStack(config, log)
+
+
+class _OneStack(LoadScopeScheduling):
+    # By path: the node id's suffix by which xdist tells its groups is lost on pytest 9.
+    def _split_scope(self, nodeid: str) -> str:
+        return "stack" if nodeid.startswith(("tests/e2e/", "tests/chaos/")) else nodeid
 
 
 @dataclass(frozen=True, slots=True)

@@ -305,6 +305,10 @@ class Recorder:
             except asyncio.CancelledError:
                 await self._put(entry, told=USAGE_TOLD)
                 raise
+            except Exception as error:
+                # Whatever it was: the event must not be lost over it.
+                FAULTS.labels(place="gateway.publish").inc()
+                log.error("usage not published, it goes to the spool", exc_info=error)
             else:
                 USAGE_TOLD.labels(to="stream").inc()
                 return

@@ -200,7 +200,7 @@ async def complete_chat(gateway: Gateway, verified: Verified, incoming: Incoming
         call = await _admit(gateway, verified, incoming)
         with _held(call):
             try:
-                response = await _forward(gateway, call)
+                response = await _forward(gateway, call, listener)
             except BaseException:
                 await _release(gateway, call)
                 raise
@@ -290,7 +290,7 @@ def _refused(call: Call, reply: ledger.Refused) -> errors.Refusal:
     match reply.code:
         case "insufficient_funds":
             affordable = 0
-            if reply.remaining is not None:
+            if reply.remaining is not None and reply.remaining.unit in call.book.units:
                 affordable = quote.affordable_max_tokens(
                     call.quoted,
                     call.request,
@@ -313,10 +313,10 @@ def _refused(call: Call, reply: ledger.Refused) -> errors.Refusal:
             return Unavailable(reason=f"the ledger refused the hold ({reply.code})")
 
 
-async def _forward(gateway: Gateway, call: Call) -> httpx2.Response:
+async def _forward(gateway: Gateway, call: Call, listener: Listener) -> httpx2.Response:
     """Lease a secret, forward the call, return when the provider answers.
 
-    SecretRefused, KeyRefused, Unavailable, ProviderFailed.
+    SecretRefused, KeyRefused, Unavailable, ClientLeft, ProviderFailed.
     """
     outside, settings, request = gateway.outside, gateway.settings, call.request
     provider = call.priced.provider
@@ -331,6 +331,8 @@ async def _forward(gateway: Gateway, call: Call) -> httpx2.Response:
         if leased.code in _CONTRADICTING:
             raise Unavailable(reason=f"the key policy of {call.verified.account} has just changed")
         raise errors.SecretRefused(code=leased.code, reason=leased.message, own=call.own)
+    if listener.left:
+        raise errors.ClientLeft
     secret = leased.secret.get_secret_value()
     ADDED_SECONDS.labels(part="admission").observe(time.monotonic() - call.incoming.started)
     # Of an answer that is not streamed the first byte comes when all of it has been produced.

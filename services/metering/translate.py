@@ -312,7 +312,10 @@ _ENCODER: Final = msgspec.json.Encoder()
 
 
 def priced(usage: Usage, rated: Rated, *, units: Mapping[str, Unit]) -> Priced:
-    """A charge as JSON. Prices and exact costs are plain decimals, without exponents."""
+    """A charge as JSON. Prices and exact costs are plain decimals, without exponents.
+
+    Items are those of money, which is rounded and paid. What caps count stands in `amounts`, and would double the log.
+    """
     amounts = [_Amount(format_amount(value, units[unit]), unit) for unit, value in rated.amounts.items()]
     used = usage.used
     line = _Line(
@@ -329,6 +332,7 @@ def priced(usage: Usage, rated: Rated, *, units: Mapping[str, Unit]) -> Priced:
     items = [
         _Item(item.quantity, item.count, item.unit, _plain(item.price), item.per, _plain(item.exact))
         for item in rated.items
+        if units[item.unit].kind == "money"
     ]
     return Priced(
         line=msgspec.Raw(_ENCODER.encode(line)),

@@ -28,7 +28,7 @@ from tests.chaos.killing import (
     wait_for_successor,
 )
 
-pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(240)]
+pytestmark = pytest.mark.timeout(240)
 
 SEED: Final = int(os.environ.get("SCRIP_CHAOS_SEED") or random.SystemRandom().randrange(10**6))
 DEMO_SECONDS_MAX: Final = 300.0

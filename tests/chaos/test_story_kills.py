@@ -17,7 +17,7 @@ from infra.demo.story_doors import Target
 from tests.chaos.test_kills import KILLS_PER_MINUTE_MAX, SEED
 from tests.e2e.told import shown_in_readme, told
 
-pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(240)]
+pytestmark = pytest.mark.timeout(240)
 
 VICTIMS: Final = ("ledger", "metering", "keyvault", "billing", "gateway")
 GAPS: Final = len(STEPS) - 1

@@ -47,7 +47,7 @@ class Api:
 def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
     stack = ScratchStack(tmp_path_factory.mktemp("e2e"))
     try:
-        first = stack.scrip("up", "--exit-after-demo", timeout_seconds=110)
+        first = stack.scrip("up", "--exit-after-demo", timeout_seconds=170)
         stack.start()
         yield Played(stack=stack, first_code=first.returncode, first_output=first.stdout)
     finally:

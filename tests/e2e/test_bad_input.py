@@ -11,7 +11,7 @@ from infra.demo.scratch_stack import ScratchStack
 from tests.e2e.conftest import Api
 from tests.e2e.usage import at, event, eventually, fresh, send
 
-pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(200)]
+pytestmark = pytest.mark.timeout(200)
 
 COST = "0.00021"
 

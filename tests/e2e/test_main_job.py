@@ -7,7 +7,7 @@ import pytest
 from infra.demo.scratch_stack import ScratchStack
 from tests.e2e.conftest import Api, Played
 
-pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(200)]
+pytestmark = pytest.mark.timeout(200)
 
 TOTAL = "5.807479500"
 ROWS = "19,366"

@@ -29,7 +29,7 @@ from tests.e2e.conftest import Api, Played
 from tests.e2e.told import shown_in_readme, told
 from tests.e2e.usage import event, eventually, fresh
 
-pytestmark = [pytest.mark.xdist_group("stack"), pytest.mark.timeout(200)]
+pytestmark = pytest.mark.timeout(200)
 
 MODEL: Final = "gpt-4o-mini"
 INPUT_NANOS, OUTPUT_NANOS = 150, 600

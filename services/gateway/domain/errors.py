@@ -7,6 +7,7 @@ Refusal
 ├── SecretRefused                                the account has not agreed, or has no secret
 ├── InsufficientFunds, AccountNotOpen            it may not start
 ├── Unavailable                                  it cannot be decided now: never means allowed
+├── ClientLeft                                   nobody waits for it any more
 ├── ProviderFailed                               the provider did not serve it
 └── NotRecorded                                  it was served, and its usage is nowhere durable
 """
@@ -155,6 +156,16 @@ class Unavailable(Refusal):
 
     def __str__(self) -> str:
         return f"{self.reason}; nothing was forwarded: try again"
+
+
+@dataclass(eq=False, kw_only=True)
+class ClientLeft(Refusal):
+    """The client left before its call was forwarded."""
+
+    code: str = "client_left"
+
+    def __str__(self) -> str:
+        return "the client left before its call was forwarded"
 
 
 @dataclass(eq=False, kw_only=True)

@@ -167,6 +167,7 @@ class Ledger:
     commands: list[ledger.Command] = field(default_factory=list)
     silent: bool = False
     busy: int = 0
+    delay_seconds: float = 0.0
     forget_reply_after_place: bool = False
     refusal: ledger.Refused | None = None
 
@@ -184,6 +185,7 @@ class Ledger:
             await message.respond(ledger.Failed(code="busy", message="busy").model_dump_json().encode())
             return
         self.commands.append(command)
+        await asyncio.sleep(self.delay_seconds)
         reply = self.refusal or self._decide(command)
         if not (self.forget_reply_after_place and isinstance(command, ledger.PlaceHold)):
             await message.respond(reply.model_dump_json(exclude_none=True).encode())

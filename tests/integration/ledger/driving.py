@@ -130,9 +130,11 @@ class Driver:
         cursor = await self.superuser.execute(statement, parameters)
         return await cursor.fetchall()
 
-    async def until(self, statement: str, wanted: object, *parameters: object) -> None:
+    async def until(
+        self, statement: str, wanted: object, *parameters: object, seconds: float = WAIT_SECONDS_MAX
+    ) -> None:
         """Wait until a query answers one row with `wanted`."""
-        deadline = time.monotonic() + WAIT_SECONDS_MAX
+        deadline = time.monotonic() + seconds
         while (found := (await self.rows(statement, *parameters))[0][0]) != wanted:
             assert time.monotonic() < deadline, f"{statement}: {found!r}, not {wanted!r}"
             await asyncio.sleep(0.02)

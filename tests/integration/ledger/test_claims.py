@@ -143,6 +143,11 @@ async def test_example_11_through_the_service(driver: Driver, billing: Billing, 
         statement = (await http.get("/v1/statements/acme")).json()["entries"]
         assert "payment_claimed" in {entry["kind"] for entry in statement}
         assert_sound(database)
+    await driver.superuser.execute("UPDATE lots SET clawed = clawed - 1 WHERE kind = 'bonus'")
+    assert [check.law for check in audit(database.url("ledger")) if check.breaches] == [
+        "what was clawed back of a payment's lot, and is pending, is what the journal says",
+        "claims take back what was paid, once, and of each bonus as much in proportion",
+    ]
 
 
 async def test_claims_payments_and_charges_may_come_in_any_order(

@@ -99,6 +99,7 @@ def test_every_refusal_has_a_status_and_openais_shape() -> None:
         InsufficientFunds(limit_source="acme", required=amount, remaining=amount, affordable_max_tokens=3),
         errors.AccountNotOpen(account="acme"),
         errors.Unavailable(reason="no"),
+        errors.ClientLeft(),
         ProviderFailed(reason="no"),
         errors.NotRecorded(request_id="req_1"),
     ]
@@ -111,7 +112,7 @@ def test_every_refusal_has_a_status_and_openais_shape() -> None:
         error = json.loads(body)["error"]
         assert {"message", "type", "param", "code"} <= set(error)
         assert error["message"] == str(each) != ""
-    assert statuses == [401, 400, 413, 408, 404, 404, 404, 403, 503, 402, 403, 503, 502, 500]
+    assert statuses == [401, 400, 413, 408, 404, 404, 404, 403, 503, 402, 403, 503, 408, 502, 500]
 
 
 def test_a_request_that_is_refused_for_money_says_how_much() -> None:

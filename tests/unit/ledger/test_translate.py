@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 
 from contracts import ledger as words
+from contracts.billing import payment_subject
 from contracts.money import Unit
 from contracts.partition import partition_of
 from contracts.streams import charges_rated_subject
-from services.ledger.domain.commands import ChargeLine, Units
+from services.kit.dead_letters import Unreadable
+from services.ledger.domain.commands import ChargeLine, ClaimPayment, Units
 from services.ledger.translate import (
     BadLine,
     Invalid,
@@ -18,6 +20,7 @@ from services.ledger.translate import (
     body_problems,
     read_bundle,
     read_command,
+    read_payment_fact,
 )
 from tests.builders import charge_line, charges_rated, grant, hold_leg, open_account, place_hold
 
@@ -130,3 +133,71 @@ def test_a_body_hash_is_of_what_is_asked_and_not_of_how() -> None:
     assert body_hash(grant(amount="1")) != body_hash(grant(amount="2"))
     spelt_out = words.OpenAccount(idempotency_key="k", account="acme", wallets=())
     assert body_hash(spelt_out) == body_hash(open_account("acme"))
+
+
+RECEIVED: dict[str, Any] = {
+    "type": "billing.payment.received.v1",
+    "partition": partition_of("acme"),
+    "number": 1,
+    "account": "acme/ana",
+    "payment": "pi_1",
+    "recorded_at": "2026-07-01T12:00:01Z",
+    "package": "usd-50",
+    "paid": {"amount": "50", "unit": "usd"},
+    "bonus": {"amount": "5", "unit": "usd"},
+    "occurred_at": "2026-07-01T12:00:00Z",
+}
+CLAIMED: dict[str, Any] = {
+    **{name: RECEIVED[name] for name in ("partition", "account", "payment", "recorded_at", "occurred_at")},
+    "type": "billing.payment.claimed.v1",
+    "number": 7,
+    "claim": "re_1",
+    "reason": "refund",
+    "state": "final",
+    "claimed": {"amount": "20", "unit": "usd"},
+}
+
+
+def asked(verb: str, body: dict[str, Any], *, partition: int = partition_of("acme")) -> list[words.Command]:
+    subject = payment_subject(partition=partition, verb="received").replace("received", verb)
+    return [*read_payment_fact(subject, json.dumps(body).encode())]
+
+
+def test_a_payment_is_a_purchase_and_a_bonus_under_its_own_keys() -> None:
+    paid, bonus = asked("received", RECEIVED)
+    assert isinstance(paid, words.Grant)
+    assert isinstance(bonus, words.Grant)
+    assert (paid.idempotency_key, paid.kind, paid.amount, paid.reference) == (
+        "payment:pi_1:paid",
+        "purchase",
+        "50",
+        "pi_1",
+    )
+    assert (bonus.idempotency_key, bonus.kind, bonus.amount) == ("payment:pi_1:bonus", "bonus", "5")
+    assert asked("received", RECEIVED | {"bonus": None}) == [paid]
+    assert asked("received", RECEIVED) == [paid, bonus]
+
+
+def test_a_claim_says_with_its_number_which_of_its_states_is_the_last() -> None:
+    (claim,) = asked("claimed", CLAIMED)
+    assert isinstance(claim, words.ClaimPayment)
+    assert (claim.idempotency_key, claim.revision) == ("claim:re_1:7", 7)
+    read = read_command(claim, UNITS)
+    assert isinstance(read, ClaimPayment)
+    assert (read.claimed, read.unit, read.state) == (20 * 10**9, "usd", "final")
+
+
+@pytest.mark.parametrize(
+    ("verb", "body", "partition"),
+    [
+        ("received", RECEIVED | {"paid": {"amount": 50, "unit": "usd"}}, partition_of("acme")),
+        ("received", RECEIVED | {"payment": "pi 1"}, partition_of("acme")),
+        ("received", CLAIMED, partition_of("acme")),
+        ("received", RECEIVED, (partition_of("acme") + 1) % 64),
+        ("refunded", RECEIVED, partition_of("acme")),
+        ("claimed", CLAIMED | {"state": "open"}, partition_of("acme")),
+    ],
+)
+def test_what_billing_cannot_have_meant_is_unreadable(verb: str, body: dict[str, Any], partition: int) -> None:
+    with pytest.raises(Unreadable):
+        asked(verb, body, partition=partition)

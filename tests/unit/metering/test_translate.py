@@ -1,7 +1,9 @@
 """What comes in is usage or says all that is wrong with it; what goes out is what the contract says, to the byte."""
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -13,15 +15,16 @@ from contracts.envelope import SERVER_FILLED, InvalidEvent, read_usage_event
 from contracts.metering import ChargesRated
 from contracts.money import Unit, parse_amount
 from contracts.partition import partition_of, token
-from contracts.pricing import Rated
+from contracts.pricing import Rate, Rated
 from contracts.streams import LEDGER, USAGE
 from contracts.usage import ModelUsed
 from services.kit.dead_letters import DeadLetter, Letter, Unreadable
 from services.metering import translate
 from services.metering.domain.charging import Bundle, Charge
+from services.metering.domain.prices import PriceBook
 from services.metering.domain.usage import Usage
 from tests.unit.metering.bad_reports import BAD
-from tests.unit.metering.building import NOON, USD, body, price_book, usage
+from tests.unit.metering.building import NOON, USD, body, price_book, price_version, usage
 
 STORED_AT = datetime(2026, 3, 14, 12, 0, 1, 123456, tzinfo=UTC)
 STORED_AT_NS = 1_773_489_601_123_456_789
@@ -203,6 +206,19 @@ def test_costs_are_written_without_exponents() -> None:
         "per": 1_000_000,
         "exact": "0.00000015",
     }
+
+
+def test_only_money_is_itemised_and_all_units_are_charged() -> None:
+    units = {"usd": USD, "calls": Unit(name="calls", kind="cap", scale=0)}
+    use = usage(1, used=ModelUsed(provider="openai", model="gpt-4o-mini", input_tokens=1, output_tokens=0))
+    per_call = Rate(quantity="calls", unit="calls", price=Decimal(1), per=1)
+    ((model, rates),) = price_version().rates.items()
+    book = PriceBook([replace(price_version(), rates={model: (*rates, per_call)})], units=units)
+    rated = book.price(use)
+    assert isinstance(rated, Rated)
+    priced = translate.priced(use, rated, units=units)
+    assert {each["unit"] for each in json.loads(priced.items)} == {"usd"}
+    assert json.loads(priced.amounts)[-1] == {"amount": "1", "unit": "calls"}
 
 
 # Re-driving -----------------------------------------------------------------------------------------------------------
