@@ -17,8 +17,10 @@ NAME_SHOWN_MAX: Final = 64
 
 # The extension attribute by which ingest says that it filled in `time` for the producer.
 SERVER_FILLED: Final = "scripfilled"
+# The extension attribute, and the field, that says of which trace something is a step (W3C Trace Context).
+TRACEPARENT: Final = "traceparent"
 # The path an event took says nothing about what happened: a retry may travel under another trace.
-_NOT_CONTENT: Final = frozenset({SERVER_FILLED, "traceparent", "tracestate"})
+_NOT_CONTENT: Final = frozenset({SERVER_FILLED, TRACEPARENT, "tracestate"})
 
 # Where a value may be of several types, pydantic reports one error for each and adds the type to the place.
 _ALTERNATIVES: Final = frozenset({"constrained-str", "constrained-int", "bool"})
@@ -27,6 +29,10 @@ EventId = Annotated[
     str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f]+$", examples=["azure-conv-2023:17"])
 ]
 SourceName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$", examples=["demo"])]
+# Not checked further: a malformed one counts as none, and must not cost what it came with.
+Traceparent = Annotated[
+    str, Field(max_length=256, examples=["00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"])
+]
 # Postgres has no text with a NUL in it.
 _TEXT = r"^[^\x00]*$"
 # The CloudEvents type Integer.

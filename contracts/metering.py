@@ -5,7 +5,7 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from contracts.accounts import AccountId
-from contracts.envelope import EventId, SourceName
+from contracts.envelope import EventId, SourceName, Traceparent
 from contracts.ids import HoldId
 from contracts.money import Amount
 from contracts.partition import Partition
@@ -28,7 +28,10 @@ class Scope(BaseModel):
 
 
 class ChargeLine(BaseModel):
-    """What one usage event cost. (source, event_id, revision) is charged once; a revision above 0 is a later rating."""
+    """What one usage event cost. (source, event_id, revision) is charged once; a revision above 0 is a later rating.
+
+    `traceparent` says of which trace the charge is a step; it is no part of what is charged.
+    """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
@@ -42,6 +45,8 @@ class ChargeLine(BaseModel):
     price_version: PriceVersionId
     own_key: bool = False
     amounts: Annotated[tuple[Amount, ...], Field(max_length=16)]
+    # Not written when there is none: readers of before know no such field.
+    traceparent: Traceparent | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class ChargesRated(BaseModel):

@@ -3,20 +3,12 @@
 Run as `python -m services.billing.app`.
 """
 
-import asyncio
-import os
-import signal
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from fastapi import FastAPI
-from faststream.nats import NatsBroker
-from nats.aio.client import Client
-from nats.errors import Error as NatsError
-from psycopg.conninfo import make_conninfo
-from pydantic import SecretStr
 
 from contracts.streams import PAYMENTS, STRIPE
 from services.billing import handlers, translate
@@ -26,14 +18,16 @@ from services.billing.settings import BillingSettings
 from services.billing.store import Connection
 from services.billing.subscribers import subscribe_inbox
 from services.billing.translate import STRIPE_LANE
-from services.kit.broker import build_broker, connect_nats, nats_check
+from services.kit.broker import build_broker, connect_nats, disconnect, nats_check
 from services.kit.catalogue import load_catalogue
 from services.kit.database import Writer, database_check, open_pool
 from services.kit.dead_letters import DeadLetter, Letter, Unreadable
-from services.kit.http import Readiness, build_app, serve
+from services.kit.http import Readiness, serve
 from services.kit.leases import LeaseKeeper, owner_name
 from services.kit.outbox import OutboxRow, Relay
+from services.kit.running import essential_task, finish_tasks, service_app, url_with_options
 from services.kit.telemetry import configure_logging, get_logger
+from services.kit.tracing import configure_tracing
 from services.kit.trimmer import Trimmer
 
 if TYPE_CHECKING:
@@ -56,23 +50,11 @@ STRIPE_RELAYED_WITH: Final = 0
 
 def build(settings: BillingSettings) -> FastAPI:
     """The application. Everything is connected when its lifespan begins, and finished when it ends."""
-    readiness = Readiness()
-    backend: list[Backend] = []
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.tokens.load()
-        async with _running(settings, readiness) as made:
-            backend[:] = [made]
-            readiness.started()
-            yield
-
-    return build_app(
-        name=SERVICE,
-        lifespan=lifespan,
-        readiness=readiness,
-        tokens_file=settings.tokens_file,
-        routers=routers(lambda: backend[0]),
+    return service_app(
+        SERVICE,
+        settings,
+        running=_running,
+        routers=routers,
         body_bytes_max=BODY_BYTES_MAX,
     )
 
@@ -86,12 +68,17 @@ async def _running(settings: BillingSettings, readiness: Readiness) -> AsyncIter
     async with AsyncExitStack() as stack:
 
         def writer(name: str) -> Writer:
-            made = Writer(_url(settings, transaction_timeout=TRANSACTION_TIMEOUT), name=f"{SERVICE}-{name}")
+            made = Writer(
+                url_with_options(settings.database_url, transaction_timeout=TRANSACTION_TIMEOUT),
+                name=f"{SERVICE}-{name}",
+            )
             stack.push_async_callback(made.close)
             return made
 
         pool = await open_pool(
-            _url(settings, statement_timeout=STATEMENT_TIMEOUT, transaction_timeout=TRANSACTION_TIMEOUT),
+            url_with_options(
+                settings.database_url, statement_timeout=STATEMENT_TIMEOUT, transaction_timeout=TRANSACTION_TIMEOUT
+            ),
             name=f"{SERVICE}-pool",
             connections_max=POOL_CONNECTIONS_MAX,
         )
@@ -106,7 +93,7 @@ async def _running(settings: BillingSettings, readiness: Readiness) -> AsyncIter
             await handlers.put_aside([letter], transaction=pooled)
 
         broker = build_broker(settings, dead_letter=dead_letter)
-        stack.push_async_callback(_disconnect, broker, await broker.connect())
+        stack.push_async_callback(disconnect, broker, await broker.connect())
         client = await connect_nats(settings)
         stack.push_async_callback(client.close)
         readiness.add("nats", nats_check(client))
@@ -142,10 +129,10 @@ async def _running(settings: BillingSettings, readiness: Readiness) -> AsyncIter
             relays.notify(processed.rows)
 
         tasks = [
-            _started(relays.payments.run(), name="payments-relay"),
-            _started(relays.stripe.run(), name="stripe-relay"),
-            _started(leases.run(), name="leases"),
-            _started(trimmer.run(), name="trimmer"),
+            essential_task(relays.payments.run(), name="payments-relay"),
+            essential_task(relays.stripe.run(), name="stripe-relay"),
+            essential_task(leases.run(), name="leases"),
+            essential_task(trimmer.run(), name="trimmer"),
         ]
         await broker.start()
         try:
@@ -162,7 +149,7 @@ async def _running(settings: BillingSettings, readiness: Readiness) -> AsyncIter
         finally:
             for stop in (leases.stop, relays.payments.stop, relays.stripe.stop, trimmer.stop):
                 stop()
-            await _ended(tasks, seconds=settings.shutdown_seconds / 2)
+            await finish_tasks(tasks, deadline_seconds=settings.shutdown_seconds / 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,46 +193,11 @@ def _stripe_client(settings: BillingSettings) -> "stripe.StripeClient":
     )
 
 
-def _url(settings: BillingSettings, **options: str) -> SecretStr:
-    chosen = " ".join(f"-c {name}={value}" for name, value in {"timezone": "UTC", **options}.items())
-    return SecretStr(make_conninfo(settings.database_url.get_secret_value(), options=chosen))
-
-
-def _started(work: Coroutine[None, None, None], *, name: str) -> asyncio.Task[None]:
-    """A task without which the process is of no use: if it fails, the process ends, to be started anew."""
-
-    def ended(task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.critical("a task failed, the process ends", task=name, exc_info=error)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    task = asyncio.create_task(work, name=name)
-    task.add_done_callback(ended)
-    return task
-
-
-async def _disconnect(broker: NatsBroker, client: Client) -> None:
-    try:
-        await broker.stop()
-    except NatsError as error:
-        # Away or reconnecting: there is nothing to drain to.
-        log.warning("NATS connection not drained", error=repr(error))
-        await client.close()
-
-
-async def _ended(tasks: Sequence[asyncio.Task[None]], *, seconds: float) -> None:
-    """Wait for tasks that were told to stop. One that is stuck is cancelled: what it did not finish is done again."""
-    _, stuck = await asyncio.wait(tasks, timeout=seconds)
-    for task in stuck:
-        log.warning("task did not stop in time", task=task.get_name())
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
 def main() -> None:
     """Serve until SIGTERM or SIGINT."""
     settings = BillingSettings()
     configure_logging(service=SERVICE, level=settings.log_level)
+    configure_tracing(SERVICE, settings)
     serve(build(settings), settings)
 
 

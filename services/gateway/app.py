@@ -19,32 +19,21 @@ from services.gateway.settings import GatewaySettings
 from services.gateway.store import Spool
 from services.gateway.subscribers import subscribe_keys
 from services.kit.broker import connect_nats, nats_check
-from services.kit.http import Readiness, build_app, serve
-from services.kit.running import essential_task, finish_tasks
+from services.kit.http import Readiness, serve
+from services.kit.running import essential_task, finish_tasks, service_app
 from services.kit.telemetry import configure_logging
+from services.kit.tracing import configure_tracing
 
 SERVICE: Final = "gateway"
 
 
 def build(settings: GatewaySettings) -> FastAPI:
     """The application. Everything is connected when its lifespan begins, and finished when it ends."""
-    readiness = Readiness()
-    gateway: list[Gateway] = []
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.tokens.load()
-        async with _running(settings, readiness) as made:
-            gateway[:] = [made]
-            readiness.started()
-            yield
-
-    app = build_app(
-        name=SERVICE,
-        lifespan=lifespan,
-        readiness=readiness,
-        tokens_file=settings.tokens_file,
-        routers=routers(lambda: gateway[0]),
+    app = service_app(
+        SERVICE,
+        settings,
+        running=_running,
+        routers=routers,
         # The routes have a limit of their own, and tell it in their own shape.
         body_bytes_max=sys.maxsize,
     )
@@ -113,6 +102,7 @@ def main() -> None:
     """Serve until SIGTERM or SIGINT."""
     settings = GatewaySettings()
     configure_logging(service=SERVICE, level=settings.log_level)
+    configure_tracing(SERVICE, settings)
     serve(build(settings), settings)
 
 

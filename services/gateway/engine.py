@@ -25,6 +25,7 @@ from services.gateway.domain.errors import ProviderFailed, Unavailable
 from services.gateway.projections import CurrentPrices, VerifiedKeys
 from services.gateway.settings import GatewaySettings
 from services.gateway.store import Entry, Spool, SpoolFailed
+from services.kit import tracing
 from services.kit.publish import Message, PublishFailed, publish, publish_batch
 from services.kit.telemetry import FAULTS, REGISTRY, get_logger
 
@@ -134,7 +135,9 @@ class Services:
             # The client would keep it, and send it when nobody waits any more.
             raise Away("NATS is away", maybe_done=False)
         try:
-            return (await self._client.request(subject, body, timeout=ATTEMPT_SECONDS_MAX)).data
+            return (
+                await self._client.request(subject, body, timeout=ATTEMPT_SECONDS_MAX, headers=tracing.headers())
+            ).data
         except nats.errors.NoRespondersError:
             raise Away("nobody answers", maybe_done=False) from None
         except (nats.errors.Error, OSError) as error:

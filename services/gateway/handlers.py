@@ -4,6 +4,7 @@ After the hold every way out ends in exactly one of two: the hold is released, o
 """
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from services.gateway.engine import Away, Outside, unavailable
 from services.gateway.settings import GatewaySettings
 from services.gateway.store import SpoolFailed
 from services.gateway.translate import Headers, Labels
+from services.kit import tracing
 from services.kit.clock import now
 from services.kit.ids import new_hold_id
 from services.kit.telemetry import FAULTS, REGISTRY, get_logger
@@ -175,7 +177,8 @@ async def authenticate(gateway: Gateway, authorization: str | None) -> Verified:
     if ACCESS_KEY.fullmatch(key) is None:
         raise unknown
     try:
-        found = await gateway.outside.keys.verify(key_hash(key))
+        with tracing.span("verify", kind="client"):
+            found = await gateway.outside.keys.verify(key_hash(key))
     except Away as error:
         raise unavailable("keyvault", error) from error
     if isinstance(found, SaidKeyRefused):
@@ -188,6 +191,7 @@ async def authenticate(gateway: Gateway, authorization: str | None) -> Verified:
         raise Unavailable(reason="the access key could not be verified")
     if found.expires_at is not None and found.expires_at <= now():
         raise errors.KeyRefused(code="key_expired", reason=f"the access key {found.key_id} has expired")
+    tracing.annotate({"scrip.account": found.account, "scrip.key": found.key_id})
     return found
 
 
@@ -228,14 +232,16 @@ async def _admit(gateway: Gateway, verified: Verified, incoming: Incoming) -> Ca
         raise errors.RequestInvalid(
             reason=f"the price book has no price for the service tier {request.dearer_tier!r}", param="service_tier"
         )
-    quoted = quote.quote(
-        request,
-        priced,
-        units=book.units,
-        own_key=own,
-        lately=gateway.lately.percentile(root(verified.account), request.model),
-        output_tokens_max=settings.output_tokens_max_by_model.get(request.model, settings.output_tokens_max),
-    )
+    with tracing.span("quote", attributes=_trace_names(priced)) as span:
+        quoted = quote.quote(
+            request,
+            priced,
+            units=book.units,
+            own_key=own,
+            lately=gateway.lately.percentile(root(verified.account), request.model),
+            output_tokens_max=settings.output_tokens_max_by_model.get(request.model, settings.output_tokens_max),
+        )
+        span.set({f"scrip.amount.{unit}": amount for unit, amount in quoted.amounts.items()})
     call = Call(
         incoming=incoming,
         verified=verified,
@@ -266,7 +272,9 @@ async def _hold(gateway: Gateway, call: Call) -> Call:
         lifetime_seconds=int(settings.call_seconds) + settings.hold_margin_seconds,
     )
     try:
-        reply = await gateway.outside.services.place_hold(command)
+        with tracing.span("place_hold", kind="client", attributes={"scrip.hold": call.hold}) as span:
+            reply = await gateway.outside.services.place_hold(command)
+            span.set({"scrip.outcome": reply.status if isinstance(reply, ledger.Accepted) else reply.code})
     except Away as error:
         if error.maybe_done:
             await _release_later(gateway, call)
@@ -321,7 +329,9 @@ async def _forward(gateway: Gateway, call: Call, listener: Listener) -> httpx2.R
     outside, settings, request = gateway.outside, gateway.settings, call.request
     provider = call.priced.provider
     try:
-        leased = await outside.services.lease(call.verified.account, provider=provider, own=call.own)
+        with tracing.span("lease", kind="client") as span:
+            leased = await outside.services.lease(call.verified.account, provider=provider, own=call.own)
+            span.set({"scrip.outcome": leased.code if isinstance(leased, SaidKeyRefused) else leased.status})
     except Away as error:
         raise unavailable("keyvault", error) from error
     if isinstance(leased, SaidKeyRefused):
@@ -338,16 +348,18 @@ async def _forward(gateway: Gateway, call: Call, listener: Listener) -> httpx2.R
     # Of an answer that is not streamed the first byte comes when all of it has been produced.
     left = call.deadline - asyncio.get_running_loop().time()
     within = min(settings.first_byte_seconds, left) if request.stream else left
-    return await outside.providers.open(
-        provider,
-        body=translate.request_body(request.body, stream=request.stream, usage_wanted=request.usage_wanted),
-        headers=translate.request_headers(
-            call.incoming.headers, secret=secret, own=call.own, request_id=call.incoming.request_id
-        ),
-        secret=secret,
-        own=call.own,
-        within_seconds=within,
-    )
+    # What the provider is sent says nothing of the trace: it is not the provider's.
+    with tracing.span("forward", kind="client", attributes=_trace_names(call.priced)):
+        return await outside.providers.open(
+            provider,
+            body=translate.request_body(request.body, stream=request.stream, usage_wanted=request.usage_wanted),
+            headers=translate.request_headers(
+                call.incoming.headers, secret=secret, own=call.own, request_id=call.incoming.request_id
+            ),
+            secret=secret,
+            own=call.own,
+            within_seconds=within,
+        )
 
 
 # An answer in one piece -----------------------------------------------------------------------------------------------
@@ -355,7 +367,8 @@ async def _forward(gateway: Gateway, call: Call, listener: Listener) -> httpx2.R
 
 async def _answer(gateway: Gateway, call: Call, response: httpx2.Response, listener: Listener) -> None:
     """Read the whole answer, report its use, pass it on. A client's leaving changes nothing: all of it is billed."""
-    body, failed, cancelled = await _read_whole(gateway, call, response)
+    with tracing.span("relay", kind="client"):
+        body, failed, cancelled = await _read_whole(gateway, call, response)
     ended = time.monotonic()
     seen = Seen(began=True)
     if failed is None and cancelled is None:
@@ -443,7 +456,8 @@ async def _stream(gateway: Gateway, call: Call, response: httpx2.Response, liste
     """Relay a stream as it comes, report its use, end it. Whatever ended it, what was produced is reported."""
     relayed = _Relayed()
     try:
-        await _relay(gateway, call, response, listener, relayed)
+        with tracing.span("relay", kind="client"):
+            await _relay(gateway, call, response, listener, relayed)
     except asyncio.CancelledError as cancelled:
         relayed.cancelled = cancelled
     except Exception as fault:
@@ -532,6 +546,10 @@ async def _next(
             listener.ends(None)
 
 
+# What a provider says in every other chunk, because its usage was asked for here.
+_NO_USAGE: Final = re.compile(rb',\s*"usage"\s*:\s*null(?=\s*[,}])')
+
+
 def _passed_on(call: Call, relayed: _Relayed, event: bytes) -> bytes:
     """Count an event of a stream. What of it the client is sent: all, or nothing."""
     data = data_of(event)
@@ -556,7 +574,8 @@ def _passed_on(call: Call, relayed: _Relayed, event: bytes) -> bytes:
         seen.add(size)
     seen.reported = piece.reported or seen.reported
     unasked = piece.reported is not None and not piece.has_choices and not call.request.usage_wanted
-    return b"" if unasked else event
+    wanted = event if call.request.usage_wanted else _NO_USAGE.sub(b"", event)
+    return b"" if unasked else wanted
 
 
 # What every call ends with --------------------------------------------------------------------------------------------
@@ -597,7 +616,11 @@ async def _settle(
         },
     )
     message = translate.usage_message(
-        used, request_id=incoming.request_id, account=call.verified.account, occurred_at=incoming.at
+        used,
+        request_id=incoming.request_id,
+        account=call.verified.account,
+        occurred_at=incoming.at,
+        traceparent=tracing.traceparent(sampled=True),
     )
     try:
         await gateway.outside.recorder.report(message)
@@ -605,12 +628,18 @@ async def _settle(
         CALLS.labels(outcome="usage_not_recorded").inc()
         raise NotRecorded(request_id=incoming.request_id) from error
     CALLS.labels(outcome=ending.value).inc()
+    tracing.annotate({"scrip.outcome": ending.value})
     if found.estimated:
         ESTIMATED.labels(provider=call.priced.provider).inc()
     if complete:
         gateway.lately.add(root(call.verified.account), request.model, -(-found.output_tokens // request.choices))
     ADDED_SECONDS.labels(part="settlement").observe(time.monotonic() - ended)
     return quote.cost(used, call.priced, units=call.book.units)
+
+
+def _trace_names(priced: PricedModel) -> tracing.Attributes:
+    """What is called, as the price book has it: what the client wrote may be anything."""
+    return {"scrip.provider": priced.provider, "scrip.model": priced.model, "scrip.price_version": priced.version.id}
 
 
 def _attributes(
@@ -723,4 +752,5 @@ def note_refusal(refusal: errors.Refusal, *, request_id: str) -> None:
     if isinstance(refusal, ProviderFailed) and not outcome.startswith("provider_"):
         outcome = f"provider_{refusal.status}"
     CALLS.labels(outcome=outcome).inc()
+    tracing.annotate({"scrip.outcome": outcome})
     log.info("call not served", request=request_id, code=refusal.code, reason=str(refusal))

@@ -17,6 +17,7 @@ from services.gateway import handlers, translate
 from services.gateway.domain.errors import BodyTooLarge, BodyTooSlow, ProviderFailed, Refusal, UnknownPath
 from services.gateway.handlers import Gateway, Incoming
 from services.gateway.translate import Headers
+from services.kit import tracing
 from services.kit.clock import now
 from services.kit.ids import new_uuid7
 from services.kit.telemetry import FAULTS, get_logger
@@ -67,6 +68,7 @@ class _Endpoint:
         # By this requests are counted and timed.
         scope["route"] = self
         exchange = _Exchange(scope, receive, send)
+        tracing.annotate({"scrip.request": exchange.request_id})
         try:
             await self._work(exchange)
         except Refusal as refusal:
@@ -74,6 +76,7 @@ class _Endpoint:
             await exchange.refuse(refusal)
         except Exception as error:
             FAULTS.labels(place="gateway.http").inc()
+            tracing.annotate({"error.type": type(error).__name__})
             log.error("request failed", request=exchange.request_id, path=self.path, exc_info=error)
             await exchange.refuse(
                 ProviderFailed(reason="the gateway failed on this request", code="fault", status=500, produced=True)

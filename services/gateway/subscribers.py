@@ -7,13 +7,11 @@ from nats.aio.msg import Msg
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from contracts.keyvault import KeyCreated, KeyDisabled, KeyPolicyChanged
+from contracts.streams import KEY_FACTS
 from services.gateway.projections import VerifiedKeys
 from services.kit.telemetry import get_logger
 
 log = get_logger(__name__)
-
-# Of the stream KEYS; a plain subscription: what is remembered is young enough without it.
-KEY_FACTS: Final = "keyvault.v1.*.key.*"
 
 _FACTS: Final[TypeAdapter[KeyCreated | KeyDisabled | KeyPolicyChanged]] = TypeAdapter(
     Annotated[KeyCreated | KeyDisabled | KeyPolicyChanged, Field(discriminator="type")],
@@ -22,7 +20,10 @@ _FACTS: Final[TypeAdapter[KeyCreated | KeyDisabled | KeyPolicyChanged]] = TypeAd
 
 
 async def subscribe_keys(client: Client, keys: VerifiedKeys) -> None:
-    """Have what is remembered of a key forgotten when keyvault says that it changed."""
+    """Have what is remembered of a key forgotten when keyvault says that it changed.
+
+    A plain subscription: what is remembered is young enough not to need what was said while nobody listened.
+    """
 
     async def heard(message: Msg) -> None:
         forget(message.data, keys)

@@ -13,7 +13,7 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from contracts import ledger as words
-from contracts.envelope import body_hash
+from contracts.envelope import TRACEPARENT, body_hash
 from contracts.money import SCALE_MAX, Unit, UnitName, format_amount, parse_amount
 from contracts.partition import partition_of
 from contracts.pricing import PriceVersion, Quantity, Rate
@@ -467,8 +467,13 @@ def release_hold(*, hold: str, account: str) -> words.ReleaseHold:
     return words.ReleaseHold(idempotency_key=f"release:{hold}", hold=hold, account=account)
 
 
-def usage_message(used: ModelUsed, *, request_id: str, account: str, occurred_at: datetime) -> Message:
-    """The usage event of a call, ready to publish or to spool: the same bytes whenever it is told."""
+def usage_message(
+    used: ModelUsed, *, request_id: str, account: str, occurred_at: datetime, traceparent: str | None = None
+) -> Message:
+    """The usage event of a call, ready to publish or to spool: the same bytes whenever it is told.
+
+    Of which trace it is a step is no part of what it says: neither its hash nor its message id change with it.
+    """
     event = {
         "specversion": "1.0",
         "id": request_id,
@@ -477,6 +482,7 @@ def usage_message(used: ModelUsed, *, request_id: str, account: str, occurred_at
         "subject": account,
         "time": occurred_at.isoformat(timespec="microseconds"),
         "data": used.model_dump(mode="json", exclude_defaults=True),
+        **({} if traceparent is None else {TRACEPARENT: traceparent}),
     }
     return Message(
         subject=usage_subject(partition=partition_of(account), source=SOURCE),

@@ -4,9 +4,7 @@ Run as `python -m services.keyvault.app`.
 """
 
 import asyncio
-import os
-import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from typing import Final
@@ -28,10 +26,12 @@ from services.kit.broker import connect_nats, nats_check
 from services.kit.catalogue import load_catalogue
 from services.kit.clock import now
 from services.kit.database import Pool, Writer, database_check, open_pool
-from services.kit.http import Readiness, build_app, serve
+from services.kit.http import Readiness, serve
 from services.kit.leases import LeaseKeeper, owner_name
 from services.kit.outbox import OutboxRow, Relay
+from services.kit.running import essential_task, finish_tasks, service_app
 from services.kit.telemetry import FAULTS, configure_logging, get_logger
+from services.kit.tracing import configure_tracing
 from services.kit.trimmer import Trimmer
 
 log = get_logger(__name__)
@@ -42,23 +42,11 @@ BODY_BYTES_MAX: Final = 64 << 10
 
 def build(settings: KeyvaultSettings) -> FastAPI:
     """The application. Everything is connected when its lifespan begins, and finished when it ends."""
-    readiness = Readiness()
-    vault: list[Vault] = []
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.tokens.load()
-        async with _running(settings, readiness) as made:
-            vault[:] = [made]
-            readiness.started()
-            yield
-
-    return build_app(
-        name=SERVICE,
-        lifespan=lifespan,
-        readiness=readiness,
-        tokens_file=settings.tokens_file,
-        routers=routers(lambda: vault[0]),
+    return service_app(
+        SERVICE,
+        settings,
+        running=_running,
+        routers=routers,
         body_bytes_max=BODY_BYTES_MAX,
     )
 
@@ -121,14 +109,14 @@ async def _running(settings: KeyvaultSettings, readiness: Readiness) -> AsyncIte
         subscriber = KeySubscriber(client, vault=vault)
         stopping = asyncio.Event()
         tasks = [
-            _started(relay.run(), name="relay"),
-            _started(leases.run(), name="leases"),
-            _started(trimmer.run(), name="trimmer"),
-            _started(
+            essential_task(relay.run(), name="relay"),
+            essential_task(leases.run(), name="leases"),
+            essential_task(trimmer.run(), name="trimmer"),
+            essential_task(
                 _every(settings.uses_flush_seconds, lambda: handlers.flush_uses(vault), stopping, name="uses"),
                 name="uses",
             ),
-            _started(
+            essential_task(
                 _every(settings.sweep_seconds, lambda: _sweep(vault), stopping, name="sweep"),
                 name="sweep",
             ),
@@ -141,7 +129,7 @@ async def _running(settings: KeyvaultSettings, readiness: Readiness) -> AsyncIte
             stopping.set()
             for stop in (leases.stop, relay.stop, trimmer.stop):
                 stop()
-            await _ended(tasks, seconds=settings.shutdown_seconds / 2)
+            await finish_tasks(tasks, deadline_seconds=settings.shutdown_seconds / 2)
 
 
 def _ring(keyring: KeyringFile) -> Keyring:
@@ -188,32 +176,11 @@ async def _every(seconds: float, work: Callable[[], Awaitable[None]], stopping: 
             pass
 
 
-def _started(work: Coroutine[None, None, None], *, name: str) -> asyncio.Task[None]:
-    """A task without which the process is of no use: if it fails, the process ends, to be started anew."""
-
-    def ended(task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.critical("a task failed, the process ends", task=name, exc_info=error)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    task = asyncio.create_task(work, name=name)
-    task.add_done_callback(ended)
-    return task
-
-
-async def _ended(tasks: Sequence[asyncio.Task[None]], *, seconds: float) -> None:
-    """Wait for tasks that were told to stop. One that is stuck is cancelled: what it did not finish is done again."""
-    _, stuck = await asyncio.wait(tasks, timeout=seconds)
-    for task in stuck:
-        log.warning("task did not stop in time", task=task.get_name())
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
 def main() -> None:
     """Serve until SIGTERM or SIGINT."""
     settings = KeyvaultSettings()
     configure_logging(service=SERVICE, level=settings.log_level)
+    configure_tracing(SERVICE, settings)
     serve(build(settings), settings)
 
 

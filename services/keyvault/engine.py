@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from contracts import ledger
 from contracts.partition import partition_of
 from contracts.streams import ledger_command_subject
+from services.kit import tracing
 
 PRINCIPAL: Final = "keyvault"
 
@@ -28,7 +29,9 @@ async def ask_ledger(client: Client, command: ledger.Command) -> ledger.Reply:
     deadline = asyncio.get_running_loop().time() + LEDGER_SECONDS_MAX
     while (left := deadline - asyncio.get_running_loop().time()) > 0:
         try:
-            message = await client.request(subject, body, timeout=min(left, LEDGER_REQUEST_SECONDS_MAX))
+            message = await client.request(
+                subject, body, timeout=min(left, LEDGER_REQUEST_SECONDS_MAX), headers=tracing.headers()
+            )
             reply = ledger.REPLIES.validate_json(message.data)
         except nats.errors.NoRespondersError:
             pass

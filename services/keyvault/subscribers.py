@@ -12,9 +12,10 @@ from nats.aio.subscription import Subscription
 from psycopg_pool import PoolTimeout
 
 from contracts.keyvault import LEASED_TO, KeyRefused, Leased, LeaseSecret, Verified, VerifyKey, key_command_subject
-from contracts.streams import inbox_prefix
 from services.keyvault import handlers, translate
 from services.keyvault.handlers import Vault
+from services.kit import tracing
+from services.kit.broker import is_inbox
 from services.kit.telemetry import FAULTS, get_logger
 
 log = get_logger(__name__)
@@ -56,6 +57,9 @@ class KeySubscriber:
             await asyncio.wait(self._answering)
 
     async def _take(self, message: Msg) -> None:
+        if not is_inbox(message.reply):
+            log.error("a command wants its answer elsewhere", subject=message.subject, reply_subject=message.reply)
+            return
         if len(self._answering) >= ANSWERING_MAX:
             await self._send(message, _written(KeyRefused(code="unavailable", message="too many at once: ask again")))
             return
@@ -64,7 +68,20 @@ class KeySubscriber:
         task.add_done_callback(self._answering.discard)
 
     async def _answer(self, message: Msg) -> None:
-        await self._send(message, _written(await self._decide(message)))
+        await self._send(message, _written(await (self._traced(message) if tracing.is_on() else self._decide(message))))
+
+    async def _traced(self, message: Msg) -> Verified | Leased | KeyRefused:
+        *_, name, principal = message.subject.split(".")
+        traceparent = (message.headers or {}).get(tracing.HEADER)
+        with tracing.server_span(f"keyvault {name}", traceparent=traceparent) as span:
+            reply = await self._decide(message)
+            outcome = reply.code if isinstance(reply, KeyRefused) else reply.status
+            span.set({"scrip.principal": principal, "scrip.outcome": outcome})
+            if isinstance(reply, Verified):
+                span.set({"scrip.account": reply.account, "scrip.key": reply.key_id})
+            if isinstance(reply, KeyRefused) and reply.code in ("unavailable", "fault"):
+                span.fail(reply.code)
+            return reply
 
     async def _decide(self, message: Msg) -> Verified | Leased | KeyRefused:
         *_, name, principal = message.subject.split(".")
@@ -101,8 +118,6 @@ class KeySubscriber:
                 assert_never(command)
 
     async def _send(self, message: Msg, body: bytes) -> None:
-        if not message.reply:
-            return
         try:
             await self._client.publish(message.reply, body)
         except nats.errors.Error as error:
@@ -111,7 +126,7 @@ class KeySubscriber:
 
 def _may_be_leased_to(principal: str, *, reply_subject: str) -> bool:
     """NATS lets nobody else ask. But an answer goes where the request says: to the gateway's own inbox, or nowhere."""
-    return principal == LEASED_TO and reply_subject.startswith(f"{inbox_prefix(LEASED_TO)}.")
+    return principal == LEASED_TO and is_inbox(reply_subject, of=LEASED_TO)
 
 
 def _written(reply: Verified | Leased | KeyRefused) -> bytes:

@@ -5,9 +5,10 @@ import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
-from fastapi import Header, Request
+from fastapi import Request, Security
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from services.kit.problems import Problem
@@ -70,11 +71,16 @@ class TokenStore:
             log.error("tokens file unusable, the last good one stays in force", file=self._path.name, error=str(error))
 
 
+# For the OpenAPI document only: a parameter of the name Authorization is none there.
+_BEARER: Final = HTTPBearer(auto_error=False, scheme_name="serviceToken", description="A service token")
+
+
 def require(scope: str) -> Callable[..., Awaitable[Principal]]:
     """A FastAPI dependency: the caller's Principal if its token has `scope`. 401 without a token, 403 without it."""
 
-    async def authorize(request: Request, authorization: Annotated[str | None, Header()] = None) -> Principal:
+    async def authorize(request: Request, _described: Annotated[object, Security(_BEARER)] = None) -> Principal:
         tokens: TokenStore = request.app.state.tokens
+        authorization = request.headers.get("authorization")
         scheme, _, token = (authorization or "").partition(" ")
         principal = tokens.find(token.strip()) if scheme.lower() == "bearer" else None
         if principal is None:

@@ -14,6 +14,7 @@ from faststream.nats.subscriber.usecases import PullStreamSubscriber
 from faststream.types import BrokerMiddleware
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
 
 from contracts.streams import Consumer, inbox_prefix
 from services.kit.dead_letters import Letter, Unreadable, letter_of
@@ -66,6 +67,15 @@ def build_broker(settings: ServiceSettings, *, dead_letter: Callable[[Letter], A
     )
 
 
+async def disconnect(broker: NatsBroker, client: Client) -> None:
+    """Stop a broker, of which `client` is the connection; where NATS is away, without draining it."""
+    try:
+        await broker.stop()
+    except NatsError as error:
+        log.warning("NATS connection not drained", error=repr(error))
+        await client.close()
+
+
 def pull_subscriber(broker: NatsBroker, settings: ServiceSettings, *, consumer: Consumer) -> PullStreamSubscriber:
     """FastStream's subscriber on a provisioned durable, one message at a time, in order."""
     return broker.subscriber(
@@ -76,6 +86,15 @@ def pull_subscriber(broker: NatsBroker, settings: ServiceSettings, *, consumer: 
         # A pull subscriber does not take it from the connection.
         inbox_prefix=f"{inbox_prefix(settings.service)}.".encode(),
     )
+
+
+def is_inbox(reply_subject: str, *, of: str | None = None) -> bool:
+    """Whether an answer sent there reaches a caller (the user `of`) and nobody else.
+
+    A reply subject is the caller's choice and no permission is asked for it: answered unseen, a request could have its
+    answer stored by a stream, or acted on by JetStream itself.
+    """
+    return reply_subject.startswith(inbox_prefix("") if of is None else f"{inbox_prefix(of)}.")
 
 
 class _Client(Client):

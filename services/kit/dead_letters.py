@@ -16,7 +16,7 @@ from nats.aio.msg import Msg
 from psycopg import AsyncConnection
 from psycopg.rows import TupleRow, class_row
 from psycopg.types.json import Jsonb
-from pydantic import AwareDatetime, Base64Bytes, BaseModel
+from pydantic import AwareDatetime, Base64Bytes, BaseModel, Field
 from sqlalchemy import (
     TIMESTAMP,
     BigInteger,
@@ -222,6 +222,10 @@ class DeadLetterPage(BaseModel):
     next_before: str | None
 
 
+# Postgres has no text with a NUL in it.
+_LetterId = Annotated[str, Field(max_length=64, pattern=r"^[^\x00]*$")]
+
+
 def dead_letters_router(
     *,
     connect: Callable[[], AbstractAsyncContextManager[AsyncConnection[TupleRow]]],
@@ -240,7 +244,9 @@ def dead_letters_router(
 
     @router.get("/dead-letters", dependencies=[operator])
     async def list_dead_letters(
-        limit: Annotated[int, Query(ge=1, le=PAGE_SIZE_MAX)] = 50, before: str | None = None, redriven: bool = False
+        limit: Annotated[int, Query(ge=1, le=PAGE_SIZE_MAX)] = 50,
+        before: _LetterId | None = None,
+        redriven: bool = False,
     ) -> DeadLetterPage:
         async with connect() as connection:
             found = await list_letters(connection, limit=limit + 1, before=before, redriven=redriven)
@@ -251,12 +257,12 @@ def dead_letters_router(
         )
 
     @router.get("/dead-letters/{letter_id}", dependencies=[operator])
-    async def show_dead_letter(letter_id: str) -> DeadLetterDetail:
+    async def show_dead_letter(letter_id: _LetterId) -> DeadLetterDetail:
         async with connect() as connection:
             return _detail(_known(await find_letter(connection, letter_id), letter_id))
 
     @router.post("/dead-letters/{letter_id}/redrive")
-    async def redrive_dead_letter(letter_id: str, principal: Principal = operator) -> DeadLetterDetail:
+    async def redrive_dead_letter(letter_id: _LetterId, principal: Principal = operator) -> DeadLetterDetail:
         async with connect() as connection, connection.transaction():
             letter = _known(await find_letter(connection, letter_id, lock=True), letter_id)
             if letter.redriven_at is not None:

@@ -3,8 +3,8 @@
 import asyncio
 import gc
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.kit import tracing
 from services.kit.auth import TokenStore
 from services.kit.problems import Problem, problem_response
 from services.kit.settings import ServiceSettings
@@ -29,6 +30,33 @@ BODY_BYTES_MAX: Final = 4 << 20
 # Together less than 2 s: how old an answer of readiness may be, and how long a check may take.
 _CHECK_CACHE_SECONDS: Final = 0.5
 _CHECK_DEADLINE_SECONDS: Final = 1.0
+
+# Asked every few seconds, by whoever watches.
+_UNTRACED: Final = frozenset({"/healthz", "/readyz", "/metrics"})
+
+
+# Of every route, besides what it says of itself: FastAPI would promise an error shape of its own.
+_PROBLEMS: Final[dict[int | str, dict[str, Any]]] = {
+    "default": {
+        "description": "A problem (RFC 9457): `code` says which, `detail` why, `errors` where",
+        "content": {
+            "application/problem+json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["type", "title", "status", "code", "detail"],
+                    "properties": {
+                        "type": {"type": "string"},
+                        "title": {"type": "string"},
+                        "status": {"type": "integer"},
+                        "code": {"type": "string"},
+                        "detail": {"type": "string"},
+                        "errors": {"type": "array", "items": {"type": "object"}},
+                    },
+                }
+            }
+        },
+    }
+}
 
 
 class Readiness:
@@ -84,7 +112,25 @@ def build_app(
     body_bytes_max: int = BODY_BYTES_MAX,
 ) -> FastAPI:
     """The HTTP application of a service. Does no I/O: the tokens file is read when the first request needs it."""
-    app = FastAPI(title=f"Scrip {name}", lifespan=lifespan, docs_url="/docs", redoc_url=None)
+
+    @asynccontextmanager
+    async def traced(app: FastAPI) -> AsyncIterator[None]:
+        try:
+            async with lifespan(app):
+                yield
+        finally:
+            # Here: a signal that ends the process leaves no other moment.
+            await tracing.flush_traces()
+
+    app = FastAPI(
+        title=f"Scrip {name}",
+        lifespan=traced,
+        docs_url="/docs",
+        redoc_url=None,
+        responses=_PROBLEMS,
+        # It has tracing of its own, which tells paths, queries and the words of errors.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
+    )
     app.state.tokens = TokenStore(tokens_file)
     app.add_exception_handler(Problem, _on_problem)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
@@ -92,6 +138,7 @@ def build_app(
     app.add_exception_handler(Exception, _on_fault)
     app.add_middleware(BodyLimit, bytes_max=body_bytes_max)
     app.add_middleware(RequestMetrics)
+    app.add_middleware(RequestSpans)
     app.include_router(_operations(name, readiness))
     for router in routers:
         app.include_router(router)
@@ -178,6 +225,42 @@ class RequestMetrics:
             route = getattr(scope.get("route"), "path", "none")
             HTTP_REQUESTS.labels(method=scope["method"], route=route, status=status).inc()
             HTTP_SECONDS.labels(method=scope["method"], route=route).observe(time.monotonic() - started)
+
+
+class RequestSpans:
+    """A span per request, if tracing is on: a step of the trace that its `traceparent` names. Named by route."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not tracing.is_on() or scope["type"] != "http" or scope["path"] in _UNTRACED:
+            await self._app(scope, receive, send)
+            return
+        status = 500
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        method = scope["method"]
+        with tracing.server_span(method, traceparent=_traceparent(scope)) as span:
+            try:
+                await self._app(scope, receive, noted)
+            finally:
+                route = getattr(scope.get("route"), "path", "none")
+                span.rename(f"{method} {route}")
+                span.set({"http.request.method": method, "http.route": route, "http.response.status_code": status})
+                if status >= 500:
+                    span.fail(str(status))
+
+
+def _traceparent(scope: Scope) -> str | None:
+    """What the request says of its trace; None also if it says it twice."""
+    said = [value.decode("latin-1") for name, value in scope["headers"] if name == b"traceparent"]
+    return said[0] if len(said) == 1 else None
 
 
 def _operations(name: str, readiness: Readiness) -> APIRouter:

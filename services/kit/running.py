@@ -1,16 +1,54 @@
-"""What a composition root does with the tasks it runs and the database URL it is told."""
+"""What every composition root does: its application, the tasks it runs, the database URL it is told."""
 
 import asyncio
 import os
 import signal
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TypeVar
 
+from fastapi import APIRouter, FastAPI
 from psycopg.conninfo import make_conninfo
 from pydantic import SecretStr
 
+from services.kit.http import BODY_BYTES_MAX, Readiness, build_app
+from services.kit.settings import ServiceSettings
 from services.kit.telemetry import get_logger
 
 log = get_logger(__name__)
+
+Settings = TypeVar("Settings", bound=ServiceSettings)
+Made = TypeVar("Made")
+
+
+def service_app(
+    name: str,
+    settings: Settings,
+    *,
+    running: Callable[[Settings, Readiness], AbstractAsyncContextManager[Made]],
+    routers: Callable[[Callable[[], Made]], Sequence[APIRouter]],
+    body_bytes_max: int = BODY_BYTES_MAX,
+) -> FastAPI:
+    """The application of a service, whose routers work on what `running` makes when the lifespan begins."""
+    readiness = Readiness()
+    backend: list[Made] = []
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.tokens.load()
+        async with running(settings, readiness) as made:
+            backend[:] = [made]
+            readiness.started()
+            yield
+
+    return build_app(
+        name=name,
+        lifespan=lifespan,
+        readiness=readiness,
+        tokens_file=settings.tokens_file,
+        routers=routers(lambda: backend[0]),
+        body_bytes_max=body_bytes_max,
+    )
 
 
 def essential_task(work: Coroutine[None, None, None], *, name: str) -> asyncio.Task[None]:

@@ -10,6 +10,7 @@ from nats.aio.client import Client
 from contracts import ledger as words
 from contracts.partition import partition_of
 from contracts.streams import ledger_command_subject
+from services.kit import tracing
 from services.kit.dead_letters import Unreadable
 from services.ledger.translate import read_payment_fact
 
@@ -47,7 +48,9 @@ class Owners:
         deadline = asyncio.get_running_loop().time() + seconds_max
         while (left := deadline - asyncio.get_running_loop().time()) > 0:
             try:
-                message = await self.client.request(subject, body, timeout=min(left, REQUEST_SECONDS_MAX))
+                message = await self.client.request(
+                    subject, body, timeout=min(left, REQUEST_SECONDS_MAX), headers=tracing.headers()
+                )
             except nats.errors.NoRespondersError:
                 await asyncio.sleep(NO_OWNER_RETRY_SECONDS)
             except (nats.errors.TimeoutError, TimeoutError):

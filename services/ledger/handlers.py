@@ -42,6 +42,7 @@ from services.ledger.translate import (
     accepted,
     amounts_text,
     facts_of,
+    full_id,
     hold_released_fact,
     lines_hash,
     outbox_row,
@@ -87,6 +88,8 @@ class BundleItem:
     stream: str
     stream_sequence: int
     subject: str
+    # By the places of lines whose charging somebody wants to see.
+    traceparents: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def partition(self) -> int:
@@ -105,10 +108,23 @@ class Replied:
 
 
 @dataclass(frozen=True, slots=True)
+class TracedCharge:
+    """Where in the journal the charge of a traced line begins, or the code of why it is not there."""
+
+    line: ChargeLine
+    traceparent: str
+    outcome: str
+    transaction: str = ""
+    batch: int = 0
+    position: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Taken:
     """A bundle's charges are in the journal; `repeated`: they had been before."""
 
     repeated: bool
+    traced: Sequence[TracedCharge] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,6 +334,8 @@ class _Work:
         self._partition = draft.head.partition
         self._accepted: dict[tuple[str, str], tuple[bytes, dict[str, Any]]] = {}
         self._charged: dict[tuple[str, str, int], Row] = {}
+        # Of the line that was charged last.
+        self._position = 0
         self._bundle_hashes: dict[int, bytes] = {}
         self._commands: list[Row] = []
         self._bundles: list[Row] = []
@@ -375,8 +393,12 @@ class _Work:
         rows: list[Row] = []
         charged: dict[str, _Charged] = {}
         dead = 0
+        traceparents, traced = item.traceparents, list[TracedCharge]()
         for place, line in enumerate(bundle.lines):
             refusal = self._charge(line, transaction, rows, bundle.number, place + 1)
+            if traceparents and place in traceparents and isinstance(line, ChargeLine):
+                assert not isinstance(refusal, BadLine)
+                traced.append(self._traced(line, traceparents[place], refusal, transaction))
             match refusal:
                 case None:
                     assert isinstance(line, ChargeLine)
@@ -396,7 +418,15 @@ class _Work:
         self._bundles.append(
             (self._partition, bundle.number, bundle.body_hash, batch, transaction_id, len(bundle.lines), dead)
         )
-        return Taken(repeated=False)
+        return Taken(repeated=False, traced=traced)
+
+    def _traced(
+        self, line: ChargeLine, traceparent: str, refusal: Refusal | None, transaction: Transaction
+    ) -> TracedCharge:
+        if refusal is not None:
+            return TracedCharge(line, traceparent, refusal.code)
+        identifier = full_id("txn", self._partition, transaction.id)
+        return TracedCharge(line, traceparent, "charged", identifier, self._draft.batch, self._position)
 
     def _outcome_of(self, item: CommandItem) -> tuple[bytes, dict[str, Any]] | None:
         if (recent := self._accepted.get((item.principal, item.key))) is not None:
@@ -487,7 +517,7 @@ class _Work:
         if bundle is None:
             transaction.record(moves)
         else:
-            transaction.record_summed(moves)
+            self._position = transaction.record_summed(moves)
         self._charged[key] = content
         rows.append(
             (

@@ -1,10 +1,12 @@
 """Messages in: commands by request/reply, charge bundles from their stream. Parsed, handed to the batcher, answered."""
 
 import asyncio
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Final
 
+import msgspec
 import nats.errors
 import psycopg
 from faststream.nats import NatsBroker
@@ -17,9 +19,9 @@ from pydantic import ValidationError
 from contracts import ledger as words
 from contracts.partition import partition_of, token
 from contracts.streams import CHARGES, CONSUMERS, LEDGER_PAYMENTS_CONSUMER, charges_consumer
-from services.kit import dead_letters
+from services.kit import dead_letters, tracing
 from services.kit.batcher import Batcher, Busy, Fault, Stopped
-from services.kit.broker import pull_subscriber
+from services.kit.broker import is_inbox, pull_subscriber
 from services.kit.database import Pool
 from services.kit.dead_letters import letter_of
 from services.kit.reader import PullReader
@@ -39,6 +41,7 @@ from services.ledger.handlers import (
     Replied,
     Result,
     Taken,
+    TracedCharge,
 )
 from services.ledger.store import HeadMoved
 from services.ledger.translate import (
@@ -48,6 +51,7 @@ from services.ledger.translate import (
     model_problems,
     read_bundle,
     read_command,
+    read_traceparents,
     refused_as,
 )
 
@@ -97,18 +101,40 @@ class CommandSubscriber:
                 await _unsubscribe(subscription)
 
     async def _take(self, message: Msg) -> None:
+        if message.reply and not is_inbox(message.reply):
+            log.error("a command wants its answer elsewhere", subject=message.subject, reply_subject=message.reply)
+            return
         task = asyncio.create_task(self._answer(message))
         self._answering.add(task)
         task.add_done_callback(self._answering.discard)
 
     async def _answer(self, message: Msg) -> None:
-        body = await self._decide(message)
+        body = await (self._traced(message) if tracing.is_on() else self._decide(message))
         if message.reply:
             try:
                 await self._client.publish(message.reply, body)
             except nats.errors.Error as error:
                 # The caller asks again under the same key and gets the same outcome.
                 log.warning("reply not sent", subject=message.subject, error=repr(error))
+
+    async def _traced(self, message: Msg) -> bytes:
+        *_, partition, name, principal = message.subject.split(".")
+        traceparent = (message.headers or {}).get(tracing.HEADER)
+        with tracing.server_span(f"ledger {name}", traceparent=traceparent) as span:
+            body = await self._decide(message)
+            if span.recording:
+                said = _OUTCOME.decode(body)
+                span.set(
+                    {
+                        "scrip.partition": int(partition),
+                        "scrip.principal": principal,
+                        "scrip.outcome": said.code or said.status,
+                        "scrip.transaction": said.transaction,
+                    }
+                )
+                if said.status == "failed":
+                    span.fail(said.code)
+            return body
 
     async def _decide(self, message: Msg) -> bytes:
         try:
@@ -189,8 +215,9 @@ class ChargesSubscriber:
                 self._in_flight.release()
                 continue
             # Submitted before the next are read: bundles of a partition are decided in the order of the stream.
+            read_at_ns = time.time_ns()
             submitted = [(message, await self._submit(message)) for message in messages]
-            task = asyncio.create_task(self._settle(submitted))
+            task = asyncio.create_task(self._settle(submitted, read_at_ns=read_at_ns))
             self._settling.add(task)
             task.add_done_callback(self._settled)
 
@@ -216,7 +243,8 @@ class ChargesSubscriber:
             await self._put_aside(message, str(error), partition)
             return None
         place = place_of(message)
-        item = BundleItem(bundle, place.stream, place.stream_sequence, message.subject)
+        traceparents = read_traceparents(message.data) if tracing.is_on() else {}
+        item = BundleItem(bundle, place.stream, place.stream_sequence, message.subject, traceparents)
         while True:
             try:
                 return self._batcher.submit(item, cost=len(bundle.lines))
@@ -226,7 +254,7 @@ class ChargesSubscriber:
                 await self._reader.nak([message])
                 return None
 
-    async def _settle(self, submitted: "list[tuple[Msg, asyncio.Future[Result] | None]]") -> None:
+    async def _settle(self, submitted: "list[tuple[Msg, asyncio.Future[Result] | None]]", *, read_at_ns: int) -> None:
         taken = []
         for message, future in submitted:
             if future is None:
@@ -239,9 +267,10 @@ class ChargesSubscriber:
                 await self._reader.nak([message], delay_seconds=delay)
                 continue
             match result:
-                case Taken(repeated=repeated):
+                case Taken(repeated=repeated, traced=traced):
                     MESSAGES.labels(consumer="charges", outcome="repeated" if repeated else "acknowledged").inc()
                     taken.append(message)
+                    _trace_charges(traced, read_at_ns=read_at_ns)
                 case OutOfOrder(expected=expected):
                     deliveries = place_of(message).deliveries
                     if deliveries > 10:
@@ -297,6 +326,44 @@ def subscribe_payments(broker: NatsBroker, settings: ServiceSettings, *, owners:
 async def _unsubscribe(subscription: Subscription) -> None:
     with suppress(nats.errors.ConnectionClosedError, nats.errors.BadSubscriptionError):
         await subscription.unsubscribe()
+
+
+class _Outcome(msgspec.Struct):
+    """What the span of a command is told of its reply."""
+
+    status: str = ""
+    code: str = ""
+    transaction: str = ""
+
+
+_OUTCOME: Final = msgspec.json.Decoder(_Outcome)
+
+
+def _trace_charges(traced: Sequence[TracedCharge], *, read_at_ns: int) -> None:
+    """A span for each traced line of a bundle that is committed: from its reading until now."""
+    for charge in traced:
+        span = tracing.message_span("charge", traceparent=charge.traceparent, started_at_ns=read_at_ns)
+        if span is None:
+            continue
+        line = charge.line
+        span.set(
+            {
+                "scrip.account": line.account,
+                "scrip.source": line.source,
+                "scrip.event": line.event_id,
+                "scrip.partition": partition_of(line.account),
+                "scrip.outcome": charge.outcome,
+            }
+        )
+        if charge.outcome == "charged":
+            span.set(
+                {
+                    "scrip.transaction": charge.transaction,
+                    "scrip.batch": charge.batch,
+                    "scrip.position": charge.position,
+                }
+            )
+        span.end()
 
 
 def _json(reply: words.Refused | words.Failed) -> bytes:

@@ -142,11 +142,12 @@ def body_problems(body: object, units: Units, *, pointer: str = "") -> list[Prob
 
 
 def body_hash(command: BaseModel) -> bytes:
-    """SHA-256 of a command's canonical form: sorted, without what is at its default and without its key.
+    """SHA-256 of a command's canonical form: sorted, without what is at its default, its key, and its trace.
 
     A field added later leaves the hashes of what was sent before as they were.
     """
-    content = command.model_dump(mode="json", exclude_defaults=True, exclude={"idempotency_key"})
+    left_out: dict[str, Any] = {"idempotency_key": True, "line": {"traceparent"}}
+    content = command.model_dump(mode="json", exclude_defaults=True, exclude=left_out)
     return sha256(_encode(content)).digest()
 
 
@@ -278,6 +279,7 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
     revision: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)] = 0
     hold: _Text | None = None
     own_key: bool = False
+    traceparent: _Text | None = None
 
 
 class _Bundle(msgspec.Struct):
@@ -331,6 +333,29 @@ def read_bundle(subject: str, body: bytes, units: Units) -> Bundle:
     else:
         lines.extend(_read_line_slowly(bytes(raw), units, partition) for raw in fast.lines)
     return Bundle(partition, fast.number, sha256(body).digest(), body, lines)
+
+
+class _Trace(msgspec.Struct):
+    traceparent: str | None = None
+
+
+class _Traces(msgspec.Struct):
+    lines: list[_Trace]
+
+
+_TRACES: Final = msgspec.json.Decoder(_Traces)
+
+
+def read_traceparents(body: bytes) -> Mapping[int, str]:
+    """Of which traces the lines of a bundle are steps, by place. Looked at only where somebody traces."""
+    if b'"traceparent"' not in body:
+        return {}
+    try:
+        lines = _TRACES.decode(body).lines
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        # A bad line somewhere: it is charged for all that.
+        return {}
+    return {place: line.traceparent for place, line in enumerate(lines) if line.traceparent is not None}
 
 
 def read_line(body: bytes, units: Units) -> ContractLine:

@@ -9,25 +9,24 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
 
 from fastapi import FastAPI
-from faststream.nats import NatsBroker
 from nats.aio.client import Client
-from nats.errors import Error as NatsError
 
 from contracts.pricing import PriceVersion
 from contracts.streams import CHARGES, CONSUMERS, LEDGER, METERING_CONSUMER, USAGE
-from services.kit.broker import build_broker, connect_nats, nats_check
+from services.kit.broker import build_broker, connect_nats, disconnect, nats_check
 from services.kit.catalogue import load_catalogue
 from services.kit.clock import now
 from services.kit.database import Writer, database_check, open_pool
 from services.kit.dead_letters import DeadLetter, Letter
-from services.kit.http import Readiness, build_app, serve
+from services.kit.http import Readiness, serve
 from services.kit.leases import LeaseKeeper, owner_name
 from services.kit.outbox import OutboxRow, Relay
 from services.kit.problems import Problem
 from services.kit.publish import PublishFailed, publish
 from services.kit.reader import PullReader
-from services.kit.running import essential_task, finish_tasks, url_with_options
+from services.kit.running import essential_task, finish_tasks, service_app, url_with_options
 from services.kit.telemetry import configure_logging, get_logger
+from services.kit.tracing import configure_tracing
 from services.kit.trimmer import Trimmer
 from services.metering import handlers, translate
 from services.metering.domain.prices import PriceBook
@@ -48,24 +47,7 @@ READ_TIMEOUT: Final = "10s"
 
 def build(settings: MeteringSettings) -> FastAPI:
     """The application. Everything is connected when its lifespan begins, and finished when it ends."""
-    readiness = Readiness()
-    backend: list[Backend] = []
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.tokens.load()
-        async with _running(settings, readiness) as made:
-            backend[:] = [made]
-            readiness.started()
-            yield
-
-    return build_app(
-        name=SERVICE,
-        lifespan=lifespan,
-        readiness=readiness,
-        tokens_file=settings.tokens_file,
-        routers=routers(lambda: backend[0]),
-    )
+    return service_app(SERVICE, settings, running=_running, routers=routers)
 
 
 @asynccontextmanager
@@ -90,7 +72,7 @@ async def _running(settings: MeteringSettings, readiness: Readiness) -> AsyncIte
             await handlers.put_aside([letter], writer=directory_writer)
 
         broker = build_broker(settings, dead_letter=dead_letter)
-        stack.push_async_callback(_disconnect, broker, await broker.connect())
+        stack.push_async_callback(disconnect, broker, await broker.connect())
         client = await connect_nats(settings)
         stack.push_async_callback(client.close)
         readiness.add("nats", nats_check(client))
@@ -197,19 +179,11 @@ def _redriver(
     return redrive
 
 
-async def _disconnect(broker: NatsBroker, client: Client) -> None:
-    try:
-        await broker.stop()
-    except NatsError as error:
-        # Away or reconnecting: there is nothing to drain to.
-        log.warning("NATS connection not drained", error=repr(error))
-        await client.close()
-
-
 def main() -> None:
     """Serve until SIGTERM or SIGINT."""
     settings = MeteringSettings()
     configure_logging(service=SERVICE, level=settings.log_level)
+    configure_tracing(SERVICE, settings)
     # Batches are many objects that live for a moment: what is loaded by now need not be looked through each time.
     gc.collect()
     gc.freeze()

@@ -17,6 +17,7 @@ from contracts.ledger import AccountOpened
 from contracts.partition import partition_of
 from contracts.pricing import Rated
 from contracts.streams import USAGE
+from services.kit import tracing
 from services.kit.clock import now
 from services.kit.database import Writer
 from services.kit.dead_letters import Letter
@@ -58,7 +59,7 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Deliveries, read and priced: everything about them that needs no database."""
+    """Deliveries, read and priced: everything about them that needs no database. `spans` are of those traced."""
 
     letters: Sequence[Letter]
     usages: Sequence[Usage]
@@ -66,6 +67,7 @@ class Batch:
     prices: Mapping[Key, Rated | NoPrice]
     priced: Mapping[Key, Priced]
     received_at: datetime
+    spans: Mapping[Key, tracing.Span] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,8 @@ class Reading:
         self._usages: list[Usage] = []
         self._prices: dict[Key, Rated | NoPrice] = {}
         self._priced: dict[Key, Priced] = {}
+        self._spans: dict[Key, tracing.Span] = {}
+        self._traced = tracing.is_on()
 
     def add(self, messages: Iterable[Msg]) -> None:
         """Read a slice."""
@@ -109,24 +113,46 @@ class Reading:
             prices=self._prices,
             priced=self._priced,
             received_at=self._received_at,
+            spans=self._spans,
         )
 
     def _add(self, message: Msg) -> None:
         match translate.read_delivery(message, received_at=self._received_at):
             case Usage() as usage:
                 if usage.key not in self._prices:
-                    self._price(usage)
+                    span = self._begin_span(usage) if self._traced else None
+                    self._price(usage, traceparent=None if span is None else span.traceparent)
                 self._usages.append(usage)
             case Letter() as letter:
                 self._letters.append(letter)
             case never:
                 assert_never(never)
 
-    def _price(self, usage: Usage) -> None:
+    def _price(self, usage: Usage, *, traceparent: str | None) -> None:
         price = self._price_book.price(usage)
         if isinstance(price, Rated):
-            self._priced[usage.key] = translate.priced(usage, price, units=self._price_book.units)
+            self._priced[usage.key] = translate.priced(
+                usage, price, units=self._price_book.units, traceparent=traceparent
+            )
         self._prices[usage.key] = price
+
+    def _begin_span(self, usage: Usage) -> tracing.Span | None:
+        """The span of a use whose report is a step of a trace. It ends once the use is logged."""
+        traceparent = translate.traceparent_of(usage)
+        span = tracing.message_span("meter", traceparent=traceparent)
+        if span is not None:
+            span.set(
+                {
+                    "scrip.account": usage.account,
+                    "scrip.source": usage.source,
+                    "scrip.event": usage.event_id,
+                    "scrip.partition": usage.partition,
+                    "scrip.model": usage.used.model,
+                    "scrip.outcome": "repeat",
+                }
+            )
+            self._spans[usage.key] = span
+        return span
 
 
 async def ingest(batch: Batch, *, writer: Writer, known: Known) -> Ingested:
@@ -136,16 +162,19 @@ async def ingest(batch: Batch, *, writer: Writer, known: Known) -> Ingested:
     """
     await _ensure_months(batch.usages, writer=writer, known=known)
     tally: Tally = {}
+    lines: list[ChargedLine] = []
     rows: list[OutboxRow] = []
     async with writer.transaction() as connection:
         claimed = await store.claim(connection, batch.firsts) if batch.firsts else {}
         judged = judge(batch.usages, claimed=claimed)
         if judged.new:
-            rows = await _log_and_charge(connection, batch, judged.new, known=known, tally=tally)
+            lines, rows = await _log_and_charge(connection, batch, judged.new, known=known, tally=tally)
         new_conflicts = await store.add_conflicts(connection, judged.conflicts, received_at=batch.received_at)
         await _record_letters(connection, batch.letters, tally)
         _tally_judged(judged, new_conflicts, tally)
         await store.count(connection, tally)
+    if batch.spans:
+        _end_spans(batch.spans, judged, lines)
     return Ingested(counts=_total(tally), conflicts=new_conflicts, rows=rows)
 
 
@@ -201,7 +230,7 @@ async def charge_unpriced(partition: int, key: str, *, writer: Writer, price_boo
 
 async def _log_and_charge(
     connection: Connection, batch: Batch, new: Sequence[Usage], *, known: Known, tally: Tally
-) -> list[OutboxRow]:
+) -> tuple[list[ChargedLine], list[OutboxRow]]:
     heads = await store.lock_heads(connection, {usage.partition for usage in new})
     unknown = {(usage.partition, usage.account) for usage in new if usage.account not in known.open_accounts}
     if unknown:
@@ -214,7 +243,7 @@ async def _log_and_charge(
     await store.log_usage(connection, new, recorded_at=recorded_at, charged=charged)
     await store.set_aside(connection, decided.set_aside, recorded_at=recorded_at)
     _tally_new(new, decided, tally)
-    return rows
+    return lines, rows
 
 
 async def _charge_set_aside(
@@ -310,6 +339,29 @@ def _lines(of: Bundle, priced: Mapping[Key, Priced]) -> Iterable[ChargedLine]:
             bundle_number=of.number,
             line_number=number,
         )
+
+
+def _end_spans(spans: Mapping[Key, tracing.Span], judged: Judged, lines: Iterable[ChargedLine]) -> None:
+    """End the spans of a batch that is committed, each with what became of its use."""
+    for conflict in judged.conflicts:
+        if (span := spans.get(conflict.usage.key)) is not None:
+            span.set({"scrip.outcome": "conflict"})
+    for usage in judged.new:
+        if (span := spans.get(usage.key)) is not None:
+            span.set({"scrip.outcome": "set_aside"})
+    for line in lines:
+        if (span := spans.get(line.usage.key)) is not None:
+            span.set(
+                {
+                    "scrip.outcome": "charged",
+                    "scrip.bundle": line.bundle_number,
+                    "scrip.line": line.line_number,
+                    "scrip.price_version": line.price_version,
+                    "scrip.amounts": line.amounts,
+                }
+            )
+    for span in spans.values():
+        span.end()
 
 
 def _recording_times(heads: Mapping[int, Head]) -> dict[int, datetime]:

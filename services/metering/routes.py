@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from contracts.accounts import check_account
 from contracts.envelope import InvalidEvent
-from contracts.partition import partition_of
+from contracts.partition import PARTITION_COUNT, partition_of
 from contracts.streams import USAGE
 from contracts.times import Time
 from services.kit.auth import Principal, require
@@ -51,6 +52,9 @@ USAGE_RANGE_MAX: Final = timedelta(days=92)
 _SINGLE: Final = "application/cloudevents+json"
 _BATCH: Final = "application/cloudevents-batch+json"
 _PLAIN: Final = "application/json"
+
+# Before the first place there is none.
+_HASH: Final = re.compile(r"([0-9a-f]{64})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,13 +215,15 @@ class SetAsidePage(BaseModel):
 
 
 _Limit = Annotated[int, Query(ge=1, le=PAGE_SIZE_MAX)]
+# Postgres has no text with a NUL in it.
+_Text = Annotated[str, Query(max_length=600, pattern=r"^[^\x00]*$")]
 
 
 def _reading_router(backend: Callable[[], Backend]) -> APIRouter:
     router = APIRouter(tags=["usage"], dependencies=[Depends(require("metering:read"))])
 
     @router.get("/api/v1/ingest")
-    async def ingest_counters(source: str | None = None) -> IngestCounters:
+    async def ingest_counters(source: _Text | None = None) -> IngestCounters:
         """What became of everything that was reported, per source. Exact at the time of asking."""
         async with _connection(backend()) as connection:
             counters = await projections.ingest_counters(connection, source=source)
@@ -226,9 +232,11 @@ def _reading_router(backend: Callable[[], Backend]) -> APIRouter:
         return IngestCounters(sources=counters)
 
     @router.get("/api/v1/conflicts")
-    async def conflicts(source: str | None = None, limit: _Limit = 100, after: str | None = None) -> ConflictPage:
+    async def conflicts(source: _Text | None = None, limit: _Limit = 100, after: str | None = None) -> ConflictPage:
         """Reports whose id was used before for other content."""
         place = _read_cursor(after, tuple[int, str, str, str]) if after is not None else (-1, "", "", "")
+        if _HASH.fullmatch(place[3]) is None:
+            raise _not_a_place()
         async with _connection(backend()) as connection:
             found = await projections.conflicts_after(connection, place, source=source, limit=limit + 1)
         page = found[:limit]
@@ -241,7 +249,7 @@ def _reading_router(backend: Callable[[], Backend]) -> APIRouter:
     @router.get("/api/v1/set-aside")
     async def set_aside(
         reason: Literal["unattributed", "unpriced"] | None = None,
-        key: str | None = None,
+        key: _Text | None = None,
         limit: _Limit = 100,
         after: str | None = None,
     ) -> SetAsidePage:
@@ -371,7 +379,7 @@ def _prices_router(backend: Callable[[], Backend]) -> APIRouter:
         dependencies=[Depends(require("metering:read"))],
         responses={404: {"description": "There is no version of that id"}},
     )
-    async def price_book(version: str | None = None) -> Response:
+    async def price_book(version: _Text | None = None) -> Response:
         """The units, and the versions in force now and later; or one version, of whatever time."""
         prices = backend().prices
         if version is None:
@@ -471,6 +479,18 @@ def _cursor(place: Place) -> str:
 
 def _read_cursor(text: str, shape: type[Place]) -> Place:
     try:
-        return msgspec.json.decode(base64.urlsafe_b64decode(text), type=shape)
+        place = msgspec.json.decode(base64.urlsafe_b64decode(text), type=shape)
     except (binascii.Error, msgspec.DecodeError, UnicodeError, ValueError) as error:
-        raise Problem(422, "invalid_cursor", "`after` is not a place that an earlier page named") from error
+        raise _not_a_place() from error
+    if not all(_can_be_asked_for(part) for part in place):
+        raise _not_a_place()
+    return place
+
+
+def _can_be_asked_for(part: str | int) -> bool:
+    """Postgres has no text with a NUL in it; the only numbers of places are partitions."""
+    return "\x00" not in part if isinstance(part, str) else 0 <= part < PARTITION_COUNT
+
+
+def _not_a_place() -> Problem:
+    return Problem(422, "invalid_cursor", "`after` is not a place that an earlier page named")

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from contracts.envelope import (
     EVENT_BYTES_MAX,
     SERVER_FILLED,
+    TRACEPARENT,
     InvalidEvent,
     Problem,
     UsageEvent,
@@ -155,6 +156,14 @@ def logged_usage(
     )
 
 
+def traceparent_of(usage: Usage) -> str | None:
+    """Of which trace its report was a step."""
+    if usage.context is None or TRACEPARENT not in usage.context:
+        return None
+    found = msgspec.json.decode(usage.context).get(TRACEPARENT)
+    return found if isinstance(found, str) else None
+
+
 def read_account_opened(body: bytes) -> AccountOpened:
     """A fact of the ledger. Raises Unreadable."""
     try:
@@ -287,6 +296,7 @@ class _Line(msgspec.Struct, omit_defaults=True, gc=False):
     amounts: list[_Amount]
     hold: str | None = None
     own_key: bool = False
+    traceparent: str | None = None
 
 
 class _Bundle(msgspec.Struct, gc=False):
@@ -311,7 +321,7 @@ class _Item(msgspec.Struct, gc=False):
 _ENCODER: Final = msgspec.json.Encoder()
 
 
-def priced(usage: Usage, rated: Rated, *, units: Mapping[str, Unit]) -> Priced:
+def priced(usage: Usage, rated: Rated, *, units: Mapping[str, Unit], traceparent: str | None = None) -> Priced:
     """A charge as JSON. Prices and exact costs are plain decimals, without exponents.
 
     Items are those of money, which is rounded and paid. What caps count stands in `amounts`, and would double the log.
@@ -328,6 +338,7 @@ def priced(usage: Usage, rated: Rated, *, units: Mapping[str, Unit]) -> Priced:
         amounts=amounts,
         hold=used.hold,
         own_key=used.own_key,
+        traceparent=traceparent,
     )
     items = [
         _Item(item.quantity, item.count, item.unit, _plain(item.price), item.per, _plain(item.exact))

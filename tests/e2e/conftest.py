@@ -1,7 +1,11 @@
-"""One stack for the session, its demo played once by `scrip up --exit-after-demo`, then started again to stay."""
+"""One stack for the session, its demo played once by `scrip up --exit-after-demo`, then started again to stay.
+
+Its services trace to a file.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -17,6 +21,7 @@ class Played:
     stack: ScratchStack
     first_code: int
     first_output: str
+    traces: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +50,16 @@ class Api:
 
 @pytest.fixture(scope="session")
 def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
-    stack = ScratchStack(tmp_path_factory.mktemp("e2e"))
+    directory = tmp_path_factory.mktemp("e2e")
+    stack, traces = ScratchStack(directory), directory / "traces.jsonl"
     try:
-        first = stack.scrip("up", "--exit-after-demo", timeout_seconds=170)
-        stack.start()
-        yield Played(stack=stack, first_code=first.returncode, first_output=first.stdout)
+        # As a user would say it. Only these two: the services inherit it.
+        with pytest.MonkeyPatch.context() as said:
+            said.setenv("SCRIP_TRACES_EXPORTER", "file")
+            said.setenv("SCRIP_TRACES_FILE", str(traces))
+            first = stack.scrip("up", "--exit-after-demo", timeout_seconds=170)
+            stack.start()
+        yield Played(stack=stack, first_code=first.returncode, first_output=first.stdout, traces=traces)
     finally:
         stack.remove()
 

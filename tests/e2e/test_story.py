@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -25,6 +26,7 @@ from infra.demo.scratch_stack import ScratchStack
 from infra.servers import SUPERUSER
 from infra.services import SERVICES, SIMULATED_OPENAI_KEY
 from infra.supervisor import DATABASE
+from services.kit.tracing import EXPORT_EVERY_SECONDS
 from tests.e2e.conftest import Api, Played
 from tests.e2e.told import shown_in_readme, told
 from tests.e2e.usage import event, eventually, fresh
@@ -104,6 +106,7 @@ def test_no_secret_is_in_a_log_a_table_a_stream_a_metric_an_error_or_an_output(
     tables = {"keyvault.access_keys", "keyvault.secrets", "keyvault.audit", "ledger.journal", "metering.outbox"}
     assert {f"the table {table}" for table in tables} <= known
     assert {f"the stream {stream}" for stream in ("KEYS", "LEDGER", "USAGE", "CHARGES")} <= known
+    assert "the traces" in known
 
 
 def _credentials(stack: ScratchStack) -> dict[str, str]:
@@ -174,6 +177,7 @@ def _everything(played: Played, stack: ScratchStack, planted: Planted) -> Iterat
     for number, answer in enumerate(planted.answers):
         yield f"answer {number}: {answer[:80]}", answer.encode()
     yield "the first run's output", played.first_output.encode()
+    yield "the traces", _traces(played)
     for file in (*stack.layout.logs.iterdir(), *stack.layout.directory.parent.glob("*.log")):
         yield str(file), file.read_bytes()
     for service in SERVICES:
@@ -183,6 +187,12 @@ def _everything(played: Played, stack: ScratchStack, planted: Planted) -> Iterat
     yield from _tables(stack)
     yield from _streams(stack)
     yield from _files(stack.layout.nats)
+
+
+def _traces(played: Played) -> bytes:
+    """What was traced, once the last of what was done is."""
+    time.sleep(2 * EXPORT_EVERY_SECONDS)
+    return played.traces.read_bytes()
 
 
 def _tables(stack: ScratchStack) -> Iterator[tuple[str, bytes]]:

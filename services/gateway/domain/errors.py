@@ -14,8 +14,12 @@ Refusal
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from contracts.money import Amount
+
+# No priced model has a longer name.
+_MODEL_LENGTH_MAX: Final = 128
 
 
 class Refusal(Exception):
@@ -77,7 +81,7 @@ class ModelNotPriced(Refusal):
     code: str = "model_not_priced"
 
     def __str__(self) -> str:
-        return f"the price book (version {self.price_version}) has no price for the model {self.model!r}"
+        return f"the price book (version {self.price_version}) has no price for the model {_short(self.model)!r}"
 
 
 @dataclass(eq=False, kw_only=True)
@@ -195,3 +199,8 @@ class NotRecorded(Refusal):
 
     def __str__(self) -> str:
         return f"the use of the call {self.request_id} could not be recorded"
+
+
+def _short(name: str) -> str:
+    """What a client sent, in no more letters than an answer and a log should repeat."""
+    return name if len(name) <= _MODEL_LENGTH_MAX else f"{name[:_MODEL_LENGTH_MAX]}…"

@@ -119,8 +119,12 @@ class Transaction:
             self._entries.append(entry)
             evolve(self._draft.state, entry)
 
-    def record_summed(self, moves: Sequence[Move]) -> None:
-        """Add moves; those that differ in amounts only, and occurred within the same minute, become one entry."""
+    def record_summed(self, moves: Sequence[Move]) -> int:
+        """Add moves; those that differ in amounts only, and occurred within the same minute, become one entry.
+
+        The position of the entry that the first of them is part of.
+        """
+        first = 0
         for move in moves:
             contra = move.account.startswith("@")
             minute = None if contra else move.occurred_at.replace(second=0, microsecond=0)
@@ -135,7 +139,9 @@ class Transaction:
                 found.posted += move.posted
                 found.held += move.held
                 found.frozen += move.frozen
+            first = first or entry.position
             evolve(self._draft.state, entry)
+        return first
 
     def finish(self, details: Details) -> None:
         """Enter the sums, and put what concerns the whole transaction on its first entry."""

@@ -2,12 +2,14 @@
 
 import json
 import logging
+from pathlib import Path
 
 import httpx2
 import pytest
 
 from services.keyvault import store
 from tests.integration.keyvault.driving import ANTHROPIC, OPENAI, Driver, Running, StandInLedger
+from tests.traces import traced
 
 pytestmark = pytest.mark.anyio
 
@@ -106,9 +108,15 @@ async def _sent(keyvault: Running, method: str, path: str, **options: object) ->
     keyvault.said.append(f"{response.headers} {response.text}")
 
 
-async def test_no_secret_is_found_where_it_should_not_be(
-    driver: Driver, ledger: StandInLedger, log: Log, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+async def test_no_secret_is_found_where_it_should_not_be(  # noqa: PLR0917 - fixtures
+    driver: Driver,
+    ledger: StandInLedger,
+    log: Log,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
+    traces = tmp_path / "traces.jsonl"
     ring = driver.settings.keyring_file.read_text()
     # The test's own client says where it went.
     for client in ("httpx2", "httpcore2"):
@@ -117,38 +125,39 @@ async def test_no_secret_is_found_where_it_should_not_be(
     level = logging.getLogger().level
     logging.getLogger().setLevel(logging.DEBUG)
     try:
-        async with driver.running() as keyvault:
-            await keyvault.store("openai", "acme", OPENAI)
-            await keyvault.store("mistral", "acme", ANTHROPIC.replace("sk-ant", "any-ant"))
-            await keyvault.store_platform("anthropic", ANTHROPIC)
-            await keyvault.choose("acme", "own_then_credits", consent=True)
-            created = await keyvault.create_key("acme", key="request-1")
-            key = created["key"]
-            # The one answer that holds the key.
-            keyvault.said.clear()
-            await driver.verify(key)
-            assert await driver.leased("acme", own=True) == OPENAI
-            assert await driver.leased("acme", "anthropic", own=False) == ANTHROPIC
-            await keyvault.ask("POST", "/v1/access-keys/verify", expect=200, json={"key": key})
-            for secret in (OPENAI, ANTHROPIC, key):
-                await mistaken(keyvault, secret)
-            await keyvault.ask("POST", "/v1/keyring/rewrap", expect=200)
-            for path in (
-                "/v1/secrets/openai/acme",
-                "/v1/secrets?account=acme",
-                "/v1/platform-secrets",
-                "/v1/access-keys",
-                "/v1/audit",
-                "/v1/keyring",
-                "/metrics",
-                "/openapi.json",
-            ):
-                await _read(keyvault, path)
-            await _failing(driver, keyvault, monkeypatch)
-            await driver.until("SELECT coalesce(sum(times), 0) FROM secret_uses", 2)
-            await driver.until("SELECT coalesce(max(number), 0) FROM relayed", 4)
-            dump = await driver.dump()
-            messages = b"\n".join(await driver.all_messages()).decode(errors="replace")
+        with traced(traces):
+            async with driver.running() as keyvault:
+                await keyvault.store("openai", "acme", OPENAI)
+                await keyvault.store("mistral", "acme", ANTHROPIC.replace("sk-ant", "any-ant"))
+                await keyvault.store_platform("anthropic", ANTHROPIC)
+                await keyvault.choose("acme", "own_then_credits", consent=True)
+                created = await keyvault.create_key("acme", key="request-1")
+                key = created["key"]
+                # The one answer that holds the key.
+                keyvault.said.clear()
+                await driver.verify(key)
+                assert await driver.leased("acme", own=True) == OPENAI
+                assert await driver.leased("acme", "anthropic", own=False) == ANTHROPIC
+                await keyvault.ask("POST", "/v1/access-keys/verify", expect=200, json={"key": key})
+                for secret in (OPENAI, ANTHROPIC, key):
+                    await mistaken(keyvault, secret)
+                await keyvault.ask("POST", "/v1/keyring/rewrap", expect=200)
+                for path in (
+                    "/v1/secrets/openai/acme",
+                    "/v1/secrets?account=acme",
+                    "/v1/platform-secrets",
+                    "/v1/access-keys",
+                    "/v1/audit",
+                    "/v1/keyring",
+                    "/metrics",
+                    "/openapi.json",
+                ):
+                    await _read(keyvault, path)
+                await _failing(driver, keyvault, monkeypatch)
+                await driver.until("SELECT coalesce(sum(times), 0) FROM secret_uses", 2)
+                await driver.until("SELECT coalesce(max(number), 0) FROM relayed", 4)
+                dump = await driver.dump()
+                messages = b"\n".join(await driver.all_messages()).decode(errors="replace")
     finally:
         logging.getLogger().removeHandler(log)
         logging.getLogger().setLevel(level)
@@ -158,12 +167,16 @@ async def test_no_secret_is_found_where_it_should_not_be(
     assert log.lines
     assert "secret_stored" in dump
     assert "keyvault.key.created.v1" in messages
+    seen = traces.read_text()
+    assert '"keyvault lease"' in seen
+    assert "PUT /v1/secrets/{provider}/{account:path}" in seen
     for place, text in {
         "tables": dump,
         "messages": messages,
         "answers": "\n".join(keyvault.said),
         "log": "\n".join(log.lines),
         "output": captured.out + captured.err,
+        "traces": seen,
     }.items():
         assert found_in(text, planted) == [], place
 

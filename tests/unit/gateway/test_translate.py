@@ -15,6 +15,7 @@ from services.gateway.domain.errors import InsufficientFunds, ProviderFailed, Re
 from services.kit.ids import new_hold_id
 
 SECRET = "sk-proj-abcdefghijklmnopqrstuvwxyz0123456789"
+TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
 def refused(status: int, message: str, *, code: str | None = None, **headers: str) -> ProviderFailed:
@@ -145,6 +146,28 @@ def test_a_usage_event_is_one_that_metering_reads_and_the_same_each_time() -> No
     event, _ = read_usage_event(first.payload)
     assert (event.id, event.source, event.subject, event.time) == ("req_1", "gateway", "acme/ana", at)
     assert event.data == used
+
+
+def test_the_trace_of_a_usage_event_changes_neither_its_hash_nor_its_message_id() -> None:
+    used = ModelUsed(provider="openai", model="m", input_tokens=1, output_tokens=2)
+    at = datetime(2026, 7, 1, 12, tzinfo=UTC)
+    plain, traced, otherwise = (
+        translate.usage_message(used, request_id="req_1", account="acme", occurred_at=at, traceparent=traceparent)
+        for traceparent in (None, TRACEPARENT, TRACEPARENT.replace("-00f0", "-11f0"))
+    )
+    assert TRACEPARENT.encode() not in plain.payload
+    assert TRACEPARENT.encode() in traced.payload
+    assert plain.message_id == traced.message_id == otherwise.message_id
+    hashes = {read_usage_event(each.payload)[1] for each in (plain, traced, otherwise)}
+    assert len(hashes) == 1
+
+
+def test_a_provider_is_told_nothing_of_the_trace() -> None:
+    headers = {"traceparent": TRACEPARENT, "tracestate": "a=b", "baggage": "c=d"}
+    for own in (True, False):
+        sent = translate.request_headers(headers, secret=SECRET, own=own, request_id="req_1")
+        assert not {"traceparent", "tracestate", "baggage"} & set(sent)
+        assert TRACEPARENT not in str(sent)
 
 
 def test_a_stream_is_asked_for_its_usage_and_keeps_its_other_options() -> None:

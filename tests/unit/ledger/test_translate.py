@@ -21,11 +21,13 @@ from services.ledger.translate import (
     read_bundle,
     read_command,
     read_payment_fact,
+    read_traceparents,
 )
 from tests.builders import charge_line, charges_rated, grant, hold_leg, open_account, place_hold
 
 UNITS = Units({"usd": Unit("usd", "money", 9), "tokens": Unit("tokens", "cap", 0)})
 SUBJECT = charges_rated_subject(partition_of("acme"))
+TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 HOLD = f"hold_{partition_of('acme'):02d}_01980000-0000-7000-8000-000000000000"
 
 
@@ -49,6 +51,9 @@ def as_json(**change: Any) -> dict[str, Any]:
         {"occurred_at": "2026-07-01T14:00:00.5+02:00"},
         {"revision": 3, "own_key": True},
         {"event_id": "ünïcode 🐑"},
+        {"traceparent": TRACEPARENT},
+        {"traceparent": "nonsense"},
+        {"traceparent": None},
     ],
 )
 def test_what_the_contract_takes_is_read_the_same_fast_and_slowly(change: dict[str, Any]) -> None:
@@ -82,6 +87,8 @@ def test_what_the_contract_takes_is_read_the_same_fast_and_slowly(change: dict[s
         {"revision": -1},
         {"revision": 2**40},
         {"surprise": 1},
+        {"traceparent": 1},
+        {"traceparent": "x" * 257},
         {"scope": None},
     ],
 )
@@ -133,6 +140,26 @@ def test_a_body_hash_is_of_what_is_asked_and_not_of_how() -> None:
     assert body_hash(grant(amount="1")) != body_hash(grant(amount="2"))
     spelt_out = words.OpenAccount(idempotency_key="k", account="acme", wallets=())
     assert body_hash(spelt_out) == body_hash(open_account("acme"))
+
+
+def test_the_trace_of_a_charge_is_no_part_of_what_is_charged() -> None:
+    plain, traced = charge_line(), charge_line().model_copy(update={"traceparent": TRACEPARENT})
+    assert "traceparent" not in plain.model_dump_json()
+    assert body_hash(words.Charge(idempotency_key="k", line=plain)) == body_hash(
+        words.Charge(idempotency_key="k", line=traced)
+    )
+    (read,), (read_traced,) = (
+        read_bundle(SUBJECT, charges_rated(line).model_dump_json().encode(), UNITS).lines for line in (plain, traced)
+    )
+    assert read == read_traced
+
+
+def test_traces_are_found_by_the_places_of_their_lines() -> None:
+    plain, traced = as_json(), as_json(traceparent=TRACEPARENT)
+    assert read_traceparents(body_of(plain, traced, plain, traced)) == {1: TRACEPARENT, 3: TRACEPARENT}
+    assert read_traceparents(body_of(plain)) == read_traceparents(body_of(as_json(event_id='"traceparent"'))) == {}
+    # A line that cannot be read is nobody's trace, and no fault.
+    assert read_traceparents(body_of(traced, as_json(traceparent=1))) == read_traceparents(b'"traceparent"') == {}
 
 
 RECEIVED: dict[str, Any] = {
