@@ -15,12 +15,16 @@ STRIPE: Final = "STRIPE"
 LEDGER: Final = "LEDGER"
 KEYS: Final = "KEYS"
 
+# All that keyvault publishes.
+KEY_FACTS: Final = "keyvault.v1.*.key.*"
+
 
 @dataclass(frozen=True, slots=True)
 class Stream:
     """A JetStream stream: file storage, limits retention, `discard: new`: a full stream refuses and never drops.
 
-    `trimmed_by` removes the oldest messages that every consumer has acknowledged, down to `keep_bytes_max`.
+    `trimmed_by` removes the oldest messages that every consumer has acknowledged, down to `keep_bytes_max`. Of a stream
+    without consumers those are all: who listens to it was told live.
     """
 
     name: str
@@ -48,11 +52,16 @@ class Consumer:
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """A NATS user and what it may do beyond reading its own consumers: one row of the permission matrix."""
+    """A NATS user and what it may do beyond reading its own consumers: one row of the permission matrix.
+
+    `answers`: requests it takes, and may reply to. `listens`: others' facts it hears as they are published, without a
+    consumer; what it misses it must not need.
+    """
 
     name: str
     publishes: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
+    listens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +85,7 @@ STREAMS: Final = (
     Stream(name=PAYMENTS, subjects=("billing.v1.*.payment.*",), trimmed_by="ledger"),
     Stream(name=STRIPE, subjects=("billing.v1.stripe.received",), trimmed_by="billing"),
     Stream(name=LEDGER, subjects=("ledger.v1.*.*.*",), trimmed_by="ledger"),
-    Stream(name=KEYS, subjects=("keyvault.v1.*.key.*",), trimmed_by="keyvault"),
+    Stream(name=KEYS, subjects=(KEY_FACTS,), trimmed_by="keyvault"),
 )
 
 
@@ -181,6 +190,8 @@ USERS: Final = (
             "rpc.keyvault.v1.verify.gateway",
             "rpc.keyvault.v1.lease.gateway",
         ),
+        # What it remembers of a key is forgotten at once; what it misses it believes for some seconds only.
+        listens=(KEY_FACTS,),
     ),
     # Its HTTP ingest publishes for every authenticated source.
     User(
@@ -192,7 +203,7 @@ USERS: Final = (
     User(
         name="keyvault",
         publishes=(
-            "keyvault.v1.*.key.*",
+            KEY_FACTS,
             "rpc.ledger.v1.*.open_account.keyvault",
             "rpc.ledger.v1.*.grant.keyvault",
             "rpc.ledger.v1.*.debit.keyvault",
@@ -213,7 +224,7 @@ def permissions(user: User) -> Permissions:
     """What the server must allow `user`: its row of the matrix, its consumers, the streams it trims, its inbox."""
     return Permissions(
         publish=(*user.publishes, *_reading(consumers_of(user.name)), *_trimming(user.name)),
-        subscribe=(*user.answers, f"{inbox_prefix(user.name)}.>"),
+        subscribe=(*user.answers, *user.listens, f"{inbox_prefix(user.name)}.>"),
         responds=bool(user.answers),
     )
 

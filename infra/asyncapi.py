@@ -95,14 +95,15 @@ def senders(address: str) -> tuple[User, ...]:
 
 
 def receivers(address: str) -> tuple[str, ...]:
-    """The services that read there: through a durable consumer, or by answering requests."""
+    """The services that read there: through a durable consumer, by answering requests, or by listening."""
     stream, pattern = stream_of(address), pattern_of(address)
     reading = {
         consumer.service
         for consumer in CONSUMERS
         if consumer.stream == stream and overlaps(consumer.filter_subject, pattern)
     }
-    return tuple(sorted(reading | {user.name for user in USERS if _matches(address, user.answers)}))
+    hearing = {user.name for user in USERS if _matches(address, (*user.answers, *user.listens))}
+    return tuple(sorted(reading | hearing))
 
 
 def _matches(address: str, patterns: Sequence[str]) -> bool:

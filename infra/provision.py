@@ -3,28 +3,34 @@
 Nothing else creates or changes a stream. Nothing here deletes one.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
+from typing import Any, Final, TypeVar
 
 import nats
 from nats.js import JetStreamContext
 from nats.js.api import (
     AckPolicy,
     ConsumerConfig,
+    ConsumerInfo,
     DeliverPolicy,
     DiscardPolicy,
     RetentionPolicy,
     StorageType,
     StreamConfig,
+    StreamInfo,
 )
 from nats.js.errors import APIError, NotFoundError
 
 from contracts.streams import CONSUMERS, OPERATOR, STREAMS, Consumer, Stream, inbox_prefix
 from infra.errors import StackError
 
-Value = str | int | float | bool | list[str] | None
+Value = str | int | float | bool | list[str] | Enum | None
+Configuration = StreamConfig | ConsumerConfig
+Info = TypeVar("Info", StreamInfo, ConsumerInfo)
 
 REQUEST_SECONDS_MAX: Final = 10.0
 
@@ -38,14 +44,43 @@ class Drift:
     found: Value
     wanted: Value
 
+    def __str__(self) -> str:
+        return f"{self.where}: {self.name} is {in_words(self.found)}, should be {in_words(self.wanted)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A stream or consumer that NATS did not make, or not change, and why."""
+
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"NATS does not make {self.where} what contracts/streams.py says ({self.reason}): "
+            "if it exists, drain and delete it, then run `scrip provision` again."
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Provisioned:
-    """What was created, what differed, and whether that was put right."""
+    """What was created, what differed, what of that was put right, what NATS refused, and what is not ours."""
 
-    created: tuple[str, ...]
-    drifts: tuple[Drift, ...]
-    repaired: bool
+    created: tuple[str, ...] = ()
+    drifts: tuple[Drift, ...] = ()
+    repaired: frozenset[str] = frozenset()
+    refusals: tuple[Refusal, ...] = ()
+    strays: tuple[str, ...] = ()
+
+    @property
+    def left(self) -> tuple[Drift, ...]:
+        """The differences that still are."""
+        return tuple(drift for drift in self.drifts if drift.where not in self.repaired)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every stream and consumer is there, and as contracts/streams.py says."""
+        return not (self.left or self.refusals)
 
 
 @asynccontextmanager
@@ -85,35 +120,48 @@ async def provision(
     streams: tuple[Stream, ...] = STREAMS,
     consumers: tuple[Consumer, ...] = CONSUMERS,
 ) -> Provisioned:
-    """Create what is missing, compare what exists, and with `repair` change it to what is wanted."""
-    created: list[str] = []
-    drifts: list[Drift] = []
+    """Create what is missing, compare what exists, and with `repair` change it to what is wanted.
+
+    What NATS refuses is told, and keeps nothing else from being done. What is not of the contract is only named.
+    """
+    made = _Made()
     for stream in streams:
         config = stream_config(stream)
-        try:
-            found = (await jetstream.stream_info(stream.name)).config
-        except NotFoundError:
-            await _apply(stream.name, jetstream.add_stream(config))
-            created.append(stream.name)
-            continue
-        if differences := _differences(stream.name, config, found):
-            drifts += differences
-            if repair:
-                await _apply(stream.name, jetstream.update_stream(config))
+        existing = await _existing(jetstream.stream_info(stream.name))
+        apply = jetstream.add_stream if existing is None else jetstream.update_stream
+        await made.settle(stream.name, config, existing, apply=partial(apply, config), repair=repair)
     for consumer in consumers:
-        where = f"{consumer.stream}/{consumer.durable}"
         wanted = consumer_config(consumer)
-        try:
-            existing = (await jetstream.consumer_info(consumer.stream, consumer.durable)).config
-        except NotFoundError:
-            await _apply(where, jetstream.add_consumer(consumer.stream, wanted))
-            created.append(where)
-            continue
-        if differences := _differences(where, wanted, existing):
-            drifts += differences
-            if repair:
-                await _apply(where, jetstream.add_consumer(consumer.stream, wanted))
-    return Provisioned(created=tuple(created), drifts=tuple(drifts), repaired=repair)
+        found = await _existing(jetstream.consumer_info(consumer.stream, consumer.durable))
+        add = partial(jetstream.add_consumer, consumer.stream, wanted)
+        await made.settle(f"{consumer.stream}/{consumer.durable}", wanted, found, apply=add, repair=repair)
+    return Provisioned(
+        created=tuple(made.created),
+        drifts=tuple(made.drifts),
+        repaired=frozenset(made.repaired),
+        refusals=tuple(made.refusals),
+        strays=await _strays(jetstream, streams, consumers),
+    )
+
+
+def in_words(value: Value) -> str:
+    """A value of a stream's or consumer's configuration, as one would say it."""
+    match value:
+        case None:
+            said = "not set"
+        case Enum():
+            said = str(value.value)
+        case bool():
+            said = "yes" if value else "no"
+        case list():
+            said = ", ".join(map(str, value))
+        case -1:
+            said = "unlimited"
+        case int() | float():
+            said = f"{value:,.10g}"
+        case _:
+            said = value
+    return said
 
 
 def stream_config(stream: Stream) -> StreamConfig:
@@ -161,9 +209,73 @@ async def lags(jetstream: JetStreamContext) -> Mapping[tuple[str, str], tuple[in
     return result
 
 
-def _differences(
-    where: str, wanted: StreamConfig | ConsumerConfig, found: StreamConfig | ConsumerConfig
-) -> tuple[Drift, ...]:
+@dataclass(slots=True)
+class _Made:
+    """What has been done so far."""
+
+    created: list[str] = field(default_factory=list)
+    drifts: list[Drift] = field(default_factory=list)
+    repaired: list[str] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+
+    async def settle(
+        self,
+        where: str,
+        wanted: Configuration,
+        existing: Configuration | None,
+        *,
+        apply: Callable[[], Awaitable[object]],
+        repair: bool,
+    ) -> None:
+        """Make one stream or consumer, or compare it and put it right."""
+        differences = () if existing is None else _differences(where, wanted, existing)
+        self.drifts += differences
+        if existing is not None and not (differences and repair):
+            return
+        try:
+            await apply()
+        except APIError as error:
+            self.refusals.append(Refusal(where, error.description or repr(error)))
+        else:
+            (self.created if existing is None else self.repaired).append(where)
+
+
+async def _existing(asked: Coroutine[Any, Any, StreamInfo | ConsumerInfo]) -> Configuration | None:
+    try:
+        return (await asked).config
+    except NotFoundError:
+        return None
+
+
+async def _strays(
+    jetstream: JetStreamContext, streams: tuple[Stream, ...], consumers: tuple[Consumer, ...]
+) -> tuple[str, ...]:
+    """The streams that the contract does not name, and in those it names the consumers it does not."""
+    ours = {stream.name: {one.durable for one in consumers if one.stream == stream.name} for stream in streams}
+    names = [stream.config.name async for stream in _all(jetstream.streams_info)]
+    found = [f"stream {name}" for name in names if name not in ours]
+    for name, durables in ours.items():
+        try:
+            found += [
+                f"consumer {name}/{each.name}"
+                async for each in _all(partial(jetstream.consumers_info, name))
+                if each.name not in durables
+            ]
+        except NotFoundError:
+            continue
+    return tuple(sorted(found))
+
+
+async def _all(page_from: Callable[[int], Awaitable[list[Info]]]) -> AsyncIterator[Info]:
+    """The server lists so many at once."""
+    offset = 0
+    while page := await page_from(offset):
+        for each in page:
+            yield each
+        offset += len(page)
+
+
+def _differences(where: str, wanted: Configuration, found: Configuration) -> tuple[Drift, ...]:
     return tuple(
         Drift(where=where, name=name, found=getattr(found, name), wanted=value)
         for name, value in vars(wanted).items()
@@ -175,13 +287,3 @@ def _differences(
 def _plain(value: Value) -> Value:
     """The server leaves out what is false."""
     return value or None
-
-
-async def _apply(where: str, change: Awaitable[object]) -> None:
-    try:
-        await change
-    except APIError as error:
-        raise StackError(
-            f"NATS does not make {where} what contracts/streams.py says ({error.description}): "
-            "if it exists, drain and delete it, then run `scrip provision` again."
-        ) from error

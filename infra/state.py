@@ -159,6 +159,14 @@ def current_run(layout: Layout) -> Run | None:
         return None
 
 
+def needed_run(layout: Layout) -> Run:
+    """What runs on this directory. StackError if nothing does."""
+    run = current_run(layout)
+    if run is None:
+        raise StackError(f"Scrip is not running on {layout.directory}: start it with `make run` or `scrip up`.")
+    return run
+
+
 def port_variable(name: str) -> str:
     """The environment variable that moves a port."""
     return f"SCRIP_PORT_{name.upper()}"

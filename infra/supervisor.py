@@ -247,8 +247,10 @@ class Supervisor:
         self._start(stack.nats())
         stack.migrate()
         provisioned = stack.provision(repair=False)
+        if provisioned.refusals:
+            raise StackError(str(provisioned.refusals[0]))
         for drift in provisioned.drifts:
-            self._console.print(f"{drift.where}: {drift.name} is {drift.found}, should be {drift.wanted}", markup=False)
+            self._console.print(str(drift), markup=False)
         if provisioned.drifts:
             self._console.print("Streams have drifted: run `scrip provision --repair`.", markup=False)
         for service in stack.services:

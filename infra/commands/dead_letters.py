@@ -1,22 +1,17 @@
 """`scrip dead-letters`: see the input that could not be taken, and hand it in again once it can be."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
-import httpx2
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from contracts.streams import OPERATOR
-from infra import state
 from infra.errors import StackError
-from infra.servers import LOOPBACK
+from infra.service_api import NotFound, ServiceApi
 
 SERVICES: Final = ("metering", "ledger")
-TIMEOUT_SECONDS: Final = 15.0
 PAGE_SIZE: Final = 200
 
 Letter = Mapping[str, Any]
@@ -35,19 +30,16 @@ def register(app: typer.Typer) -> None:
     app.add_typer(dead_letters)
 
 
-@dataclass(frozen=True, slots=True)
-class Desk:
-    """The dead letters of one running service, over its HTTP API."""
+class Desk(ServiceApi):
+    """The dead letters of one running service."""
 
-    service: str
-    url: str
-    client: httpx2.Client
+    __slots__ = ()
 
     def letters(self, *, redriven: bool) -> Iterator[Letter]:
         """All letters, newest first; with `redriven` also those that were handed in again."""
         query: dict[str, str | int | bool] = {"limit": PAGE_SIZE, "redriven": redriven}
         while True:
-            page = self._answer("GET", "/dead-letters", query=query)
+            page = self.get("/dead-letters", query)
             yield from page["dead_letters"]
             if page["next_before"] is None:
                 return
@@ -56,33 +48,17 @@ class Desk:
     def find(self, letter_id: str) -> Letter | None:
         """One letter with its body, or None if this service has none of that id."""
         try:
-            return self._answer("GET", f"/dead-letters/{letter_id}")
-        except _NotFound:
+            return self.get(f"/dead-letters/{letter_id}")
+        except NotFound:
             return None
 
     def redrive(self, letter_id: str) -> str | None:
         """Hand a letter in again; why not, if the service refuses."""
         try:
-            self._answer("POST", f"/dead-letters/{letter_id}/redrive")
+            self.post(f"/dead-letters/{letter_id}/redrive")
         except StackError as refusal:
             return str(refusal)
         return None
-
-    def _answer(self, method: str, path: str, query: Mapping[str, str | int | bool] | None = None) -> dict[str, Any]:
-        try:
-            response = self.client.request(method, self.url + path, params=query)
-            answer: dict[str, Any] = response.json()
-        except (httpx2.HTTPError, ValueError) as error:
-            raise StackError(f"{self.service} does not answer at {self.url} ({type(error).__name__}).") from error
-        if response.status_code == 404:
-            raise _NotFound(str(answer.get("detail")))
-        if not response.is_success:
-            raise StackError(f"{self.service} refuses: {answer.get('detail', response.status_code)}")
-        return answer
-
-
-class _NotFound(StackError):
-    pass
 
 
 @dead_letters.command("list")
@@ -156,17 +132,7 @@ def redrive_letters(
 def _desks(service: str | None) -> Sequence[Desk]:
     if service is not None and service not in SERVICES:
         raise StackError(f"{service} has no dead letters: it must be {' or '.join(SERVICES)}.")
-    layout = state.locate()
-    run = state.current_run(layout)
-    if run is None:
-        raise StackError(f"Scrip is not running on {layout.directory}: start it with `make run` or `scrip up`.")
-    token = state.load_credentials(layout).tokens[OPERATOR]
-    client = httpx2.Client(headers={"Authorization": f"Bearer {token}"}, timeout=TIMEOUT_SECONDS, trust_env=False)
-    return [
-        Desk(service=name, url=f"http://{LOOPBACK}:{run.ports[name]}", client=client)
-        for name in SERVICES
-        if service in (None, name)
-    ]
+    return [Desk.running(name) for name in SERVICES if service in (None, name)]
 
 
 def _find(desks: Sequence[Desk], letter_id: str) -> tuple[Desk, Letter]:

@@ -1,6 +1,10 @@
 """`scrip demo`: play the main job on the running stack, and say whether the bill is exact."""
 
 import asyncio
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -30,7 +34,25 @@ def demo(
     options = Options(
         edition=edition, rows_max=rows, times=times, shuffle=shuffle, batch_size=batch, rate_per_second=rate
     )
-    with display(console) as show:
-        result = asyncio.run(play(Target.running(state.locate()), options, show))
-    show_result(console, result)
+    with interruptible(console, "The demo was interrupted; the next run goes on from what is recorded."):
+        with display(console) as show:
+            result = asyncio.run(play(Target.running(state.locate()), options, show))
+        show_result(console, result)
     raise typer.Exit(0 if result.right else 1)
+
+
+@contextmanager
+def interruptible(console: Console, sentence: str) -> Iterator[None]:
+    """End with a sentence and exit code 130 on Ctrl-C, and on the SIGTERM of a supervisor that got one."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,24 +1,21 @@
 """The commands about the ledger: account, grant, balance, statement over its HTTP API; replay on its database."""
 
 import uuid
-from typing import Annotated, Any, Final
+from typing import Annotated
 from urllib.parse import quote
 
-import httpx2
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from contracts.streams import OPERATOR
 from infra import state
 from infra.errors import StackError
+from infra.service_api import Json, ServiceApi
 from infra.supervisor import Stack
 from services.ledger.audit_sql import Checked, audit
 from services.ledger.replay import Replayed, ShadowMissing
 from services.ledger.replay import replay as replay_journal
-
-TIMEOUT_SECONDS: Final = 15.0
 
 Key = Annotated[
     str | None,
@@ -43,7 +40,7 @@ def account(
 ) -> None:
     """Open an account, those above it, and wallets. What is open already stays as it is."""
     body = {"account": path, "wallets": [{"unit": unit} for unit in wallet or ()]}
-    reply = _Ledger().command("/v1/accounts", body, key=key)
+    reply = _command("/v1/accounts", body, key=key)
     wallets = f" with a wallet of {', '.join(wallet)}" if wallet else ""
     Console().print(f"{path} is open{wallets} ({reply['transaction']})", markup=False, highlight=False)
 
@@ -59,14 +56,14 @@ def grant(
 ) -> None:
     """Add a lot to a wallet; its debt is repaid first."""
     body = {"account": path, "amount": amount, "unit": unit, "kind": kind, "reference": reference}
-    reply = _Ledger().command("/v1/grants", body, key=key)
+    reply = _command("/v1/grants", body, key=key)
     said = "had been granted" if reply["replayed"] else "granted"
     Console().print(f"{amount} {unit} {said} to {path} ({reply['transaction']})", markup=False, highlight=False)
 
 
 def balance(path: Annotated[str, typer.Argument(help="The account.")]) -> None:
     """Show what an account's wallets hold, lot by lot."""
-    found = _Ledger().get(f"/v1/balances/{_quoted(path)}")
+    found = _read(f"/v1/balances/{_quoted(path)}")
     table = Table("unit", "posted", "held", "available", "debt", "overage", title=found["account"])
     lots = Table("lot", "unit", "kind", "granted", "left", "held", "reference")
     for wallet in found["wallets"]:
@@ -96,7 +93,7 @@ def statement(
 ) -> None:
     """Show the entries of an account's wallets, newest first, with the balance after each."""
     query = {"limit": str(limit), **({"unit": unit} if unit else {}), **({"before": before} if before else {})}
-    page = _Ledger().get(f"/v1/statements/{_quoted(path)}", query)
+    page = _read(f"/v1/statements/{_quoted(path)}", query)
     table = Table("occurred", "what", "unit", "posted", "held", "balance", "lot")
     for entry in page["entries"]:
         table.add_row(
@@ -157,39 +154,18 @@ def show_replayed(console: Console, result: Replayed, checked: tuple[Checked, ..
             console.print(f"  {check.law}: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
-class _Ledger:
-    """The HTTP API of the running ledger. An answer other than success becomes a sentence."""
+def _command(path: str, body: Json, *, key: str | None) -> Json:
+    said = {name: value for name, value in body.items() if value is not None}
+    return ServiceApi.running("ledger").post(path, said, headers={"Idempotency-Key": key or f"cli-{uuid.uuid4()}"})
 
-    def __init__(self) -> None:
-        stack = _running_stack()
-        self._url = stack.service_url("ledger")
-        self._headers = {"Authorization": f"Bearer {stack.credentials.tokens[OPERATOR]}"}
 
-    def command(self, path: str, body: dict[str, Any], *, key: str | None) -> dict[str, Any]:
-        headers = self._headers | {"Idempotency-Key": key or f"cli-{uuid.uuid4()}"}
-        return self._answer("POST", path, headers=headers, json={k: v for k, v in body.items() if v is not None})
-
-    def get(self, path: str, query: dict[str, str] | None = None) -> dict[str, Any]:
-        return self._answer("GET", path, headers=self._headers, params=query or {})
-
-    def _answer(self, method: str, path: str, **options: Any) -> dict[str, Any]:
-        try:
-            response = httpx2.request(method, self._url + path, timeout=TIMEOUT_SECONDS, **options)
-            answer = response.json()
-        except (httpx2.HTTPError, ValueError) as error:
-            raise StackError(f"The ledger does not answer at {self._url} ({type(error).__name__}).") from error
-        if response.is_success:
-            found: dict[str, Any] = answer
-            return found
-        problems = [f"{each.get('pointer', '')} {each.get('detail', '')}" for each in answer.get("errors", [])]
-        raise StackError(f"The ledger refuses: {'; '.join(problems) or answer.get('detail', response.status_code)}")
+def _read(path: str, query: dict[str, str] | None = None) -> Json:
+    return ServiceApi.running("ledger").get(path, query)
 
 
 def _running_stack() -> Stack:
     layout = state.locate()
-    run = state.current_run(layout)
-    if run is None:
-        raise StackError(f"Scrip is not running on {layout.directory}: start it with `make run` or `scrip up`.")
+    run = state.needed_run(layout)
     return Stack(layout=layout, ports=run.ports, credentials=state.load_credentials(layout))
 
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from importlib.metadata import version as installed_version
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
-import httpx2
 import typer
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
@@ -19,24 +18,20 @@ from rich.table import Table
 from rich.text import Text
 
 from contracts.pricing import PRICE_DECIMALS_MAX, PRICE_MAX
-from contracts.streams import OPERATOR
 from contracts.times import Time
 from contracts.usage import ModelName, ProviderName
-from infra import state
 from infra.errors import StackError
-from infra.servers import LOOPBACK
+from infra.service_api import Json, ServiceApi
 
 if TYPE_CHECKING:
     from genai_prices.types import ModelInfo, ModelPrice
 
 PACKAGE: Final = "genai-prices"
-TIMEOUT_SECONDS: Final = 30.0
 # By then every process of metering and every gateway knows the new version, so that none prices with the old one.
 AHEAD: Final = timedelta(seconds=15)
 MILLION: Final = 1_000_000
 NAMES_SHOWN_MAX: Final = 8
 
-Json = dict[str, Any]
 Model = tuple[str, str]
 
 # Names in genai-prices, and what they are called here when the book cannot express them.
@@ -187,7 +182,7 @@ _COUNTING: Final[Sequence[Json]] = (
 def list_versions() -> None:
     """List the versions of the price book, in the order in which they take effect."""
     table = Table("id", "takes effect", "recorded", "by", "models")
-    for each in _Metering.running().get("/api/v1/price-book/versions")["versions"]:
+    for each in _metering().get("/api/v1/price-book/versions")["versions"]:
         cells = (each["id"], each["effective_at"], each["recorded_at"], each["source"], str(each["models"]))
         table.add_row(*map(Text, cells))
     Console().print(table)
@@ -204,7 +199,7 @@ def show_version(
 ) -> None:
     """Show what models cost under a version."""
     query = {} if version_id is None else {"version": version_id}
-    versions = _Metering.running().get("/api/v1/price-book", query)["versions"]
+    versions = _metering().get("/api/v1/price-book", query)["versions"]
     if not versions:
         raise StackError("The price book is empty.")
     chosen = versions[0]
@@ -238,10 +233,10 @@ def import_prices(
     All other models keep their price. What was charged is never changed.
     """
     console = Console()
-    metering = _Metering.running()
+    metering = _metering()
     at = datetime.now(UTC).replace(microsecond=0) + AHEAD if effective_at is None else _read_time(effective_at)
     book = metering.get("/api/v1/price-book")
-    base = metering.base(at, book)
+    base = _base(metering, at, book)
     chosen = provider or sorted({each["provider"] for each in base})
     known = read_known(providers=chosen, models=model or (), at=at)
     body = next_version(
@@ -251,7 +246,7 @@ def import_prices(
         id=version_id or f"{PACKAGE}-{installed_version(PACKAGE)}-{at:%Y%m%dT%H%M%SZ}",
         effective_at=at,
     )
-    found = metering.post(body, dry_run=True, backdate=backdate)
+    found = _posted(metering, body, dry_run=True, backdate=backdate)
     _show_difference(console, found)
     _show_names(console, "Imported without what the price book cannot express:", known.not_expressible)
     _show_names(console, "Left out, for the price book cannot express:", known.left_out)
@@ -265,7 +260,7 @@ def import_prices(
     if effective_at is None:
         # Whoever took a while to answer has not backdated anything.
         body["effective_at"] = max(at, datetime.now(UTC).replace(microsecond=0) + AHEAD).isoformat()
-    stored = metering.post(body, dry_run=False, backdate=backdate)
+    stored = _posted(metering, body, dry_run=False, backdate=backdate)
     console.print(
         f"{stored['id']} is stored and in force from {stored['effective_at']} on", markup=False, highlight=False
     )
@@ -320,48 +315,21 @@ def _shown(rate: Json | None) -> str:
     return f"{rate['price']} {rate['unit']}{per}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Metering:
-    """The HTTP API of the running metering. An answer other than success becomes a sentence."""
+def _metering() -> ServiceApi:
+    return ServiceApi.running("metering")
 
-    url: str
-    client: httpx2.Client
 
-    @classmethod
-    def running(cls) -> "_Metering":
-        layout = state.locate()
-        run = state.current_run(layout)
-        if run is None:
-            raise StackError(f"Scrip is not running on {layout.directory}: start it with `make run` or `scrip up`.")
-        token = state.load_credentials(layout).tokens[OPERATOR]
-        client = httpx2.Client(headers={"Authorization": f"Bearer {token}"}, timeout=TIMEOUT_SECONDS, trust_env=False)
-        return cls(url=f"http://{LOOPBACK}:{run.ports['metering']}", client=client)
+def _posted(metering: ServiceApi, version: Json, *, dry_run: bool, backdate: bool) -> Json:
+    return metering.post("/api/v1/price-book", version, query={"dry_run": dry_run, "backdate": backdate})
 
-    def get(self, path: str, query: Mapping[str, str] | None = None) -> Json:
-        return self._answer("GET", path, params=dict(query or {}))
 
-    def post(self, version: Json, *, dry_run: bool, backdate: bool) -> Json:
-        query = {"dry_run": str(dry_run).lower(), "backdate": str(backdate).lower()}
-        return self._answer("POST", "/api/v1/price-book", params=query, json=version)
-
-    def base(self, at: datetime, book: Json) -> Sequence[Json]:
-        """The models of the version that a new one would take over from; none before the first."""
-        versions = self.get("/api/v1/price-book/versions")["versions"]
-        before = [each["id"] for each in versions if datetime.fromisoformat(each["effective_at"]) <= at]
-        if not before:
-            return []
-        found = [each for each in book["versions"] if each["id"] == before[-1]]
-        chosen = found or self.get("/api/v1/price-book", {"version": before[-1]})["versions"]
-        models: Sequence[Json] = chosen[0]["models"]
-        return models
-
-    def _answer(self, method: str, path: str, **options: Any) -> Json:
-        try:
-            response = self.client.request(method, self.url + path, **options)
-            answer: Json = response.json()
-        except (httpx2.HTTPError, ValueError) as error:
-            raise StackError(f"Metering does not answer at {self.url} ({type(error).__name__}).") from error
-        if response.is_success:
-            return answer
-        problems = [f"{each.get('pointer', '')} {each.get('detail', '')}" for each in answer.get("errors", [])]
-        raise StackError(f"Metering refuses: {'; '.join(problems) or answer.get('detail', response.status_code)}")
+def _base(metering: ServiceApi, at: datetime, book: Json) -> Sequence[Json]:
+    """The models of the version that a new one would take over from; none before the first."""
+    versions = metering.get("/api/v1/price-book/versions")["versions"]
+    before = [each["id"] for each in versions if datetime.fromisoformat(each["effective_at"]) <= at]
+    if not before:
+        return []
+    found = [each for each in book["versions"] if each["id"] == before[-1]]
+    chosen = found or metering.get("/api/v1/price-book", {"version": before[-1]})["versions"]
+    models: Sequence[Json] = chosen[0]["models"]
+    return models

@@ -4,16 +4,17 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from contracts.streams import OPERATOR
 from infra import leftovers, state, supervisor
-from infra.errors import StackError
-from infra.provision import lags, operator
+from infra.provision import Provisioned, in_words, lags, operator
 from infra.state import Layout, Run
 from infra.supervisor import Managed, Stack
 
@@ -37,9 +38,7 @@ def up(
 def status() -> None:
     """Show what runs, whether it is ready, and what waits in the streams. Exit code 1 if something is missing."""
     layout = state.locate()
-    run = state.current_run(layout)
-    if run is None:
-        raise StackError(f"Scrip is not running on {layout.directory}: start it with `make run` or `scrip up`.")
+    run = state.needed_run(layout)
     console = Console()
     stack = _running(layout, run)
     table = Table("what", "process", "port", "state")
@@ -70,20 +69,46 @@ def migrate() -> None:
 def provision(
     *, repair: Annotated[bool, typer.Option("--repair", help="Change what has drifted back to the contract.")] = False
 ) -> None:
-    """Create streams and consumers from contracts/streams.py; report drift. Exit code 1 if some is left."""
+    """Create streams and consumers from contracts/streams.py; report drift and what is not ours.
+
+    It goes on after what NATS refuses, and never deletes. Exit code 1 if anything is not as it should be.
+    """
     with _stack_with("nats") as stack:
         result = stack.provision(repair=repair)
-    console = Console()
+    show_provisioned(Console(), result)
+    raise typer.Exit(0 if result.is_complete else 1)
+
+
+def show_provisioned(console: Console, result: Provisioned) -> None:
+    """Print what was created, repaired, refused and found, and what that comes to in one sentence."""
+    said = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     for name in result.created:
-        console.print(f"created {name}", markup=False)
+        said(f"created {name}")
     if result.drifts:
-        table = Table("where", "field", "is", "should be", title="repaired" if repair else "drift")
+        table = Table(*(Column(heading, overflow="fold") for heading in ("where", "what", "is", "should be", "")))
         for drift in result.drifts:
-            table.add_row(drift.where, drift.name, str(drift.found), str(drift.wanted))
+            state_of_it = "repaired" if drift.where in result.repaired else "differs"
+            words = (drift.where, drift.name.replace("_", " "), in_words(drift.found), in_words(drift.wanted))
+            table.add_row(*map(Text, words), state_of_it)
         console.print(table)
-    elif not result.created:
-        console.print("Streams and consumers are as contracts/streams.py says.")
-    raise typer.Exit(1 if result.drifts and not repair else 0)
+    for refusal in result.refusals:
+        said(f"refused {refusal.where}: {refusal.reason}")
+    for stray in result.strays:
+        said(f"not ours, left alone: {stray}")
+    said(_conclusion(result))
+
+
+def _conclusion(result: Provisioned) -> str:
+    left, refused = len(result.left), len(result.refusals)
+    if refused:
+        things = "1 thing" if refused == 1 else f"{refused} things"
+        return (
+            f"NATS refused {things}, all else is done: where the data is not needed, drain and delete what it refused, "
+            "then run scrip provision again"
+        )
+    if left:
+        return f"{left} difference{'s' if left > 1 else ''}; run scrip provision --repair"
+    return "everything is as contracts/streams.py says"
 
 
 def clean() -> None:

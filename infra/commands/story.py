@@ -4,6 +4,7 @@ import typer
 from rich.console import Console
 
 from infra import state
+from infra.commands.demo import interruptible
 from infra.demo.story import play
 from infra.demo.story_doors import Target
 
@@ -20,4 +21,5 @@ def story() -> None:
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    play(Target.running(state.locate()), say)
+    with interruptible(console, "The story was interrupted; every telling begins anew."):
+        play(Target.running(state.locate()), say)

@@ -59,9 +59,7 @@ class Target:
     @classmethod
     def running(cls, layout: Layout) -> "Target":
         """The stack that runs on this directory. StackError if none does."""
-        run = state.current_run(layout)
-        if run is None:
-            raise StackError(f"Scrip is not running on {layout.directory}: start it with `make run` or `scrip up`.")
+        run = state.needed_run(layout)
         credentials = state.load_credentials(layout)
         return cls(
             layout=layout,
@@ -264,6 +262,8 @@ class _Run:
             *self._publisher_command(),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
+            # A Ctrl-C is for us: we end it.
+            start_new_session=True,
             env=dict(os.environ) | {URL_VARIABLE: self.target.nats_url, PASSWORD_VARIABLE: self.target.nats_password},
         )
         try:

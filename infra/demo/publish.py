@@ -29,6 +29,7 @@ URL_VARIABLE: Final = "SCRIP_NATS_URL"
 PASSWORD_VARIABLE: Final = "SCRIP_NATS_PASSWORD"
 PENDING_BYTES_MAX: Final = 16 << 20
 RETRY_SECONDS: Final = 0.25
+ENDED_EARLY: Final = "publisher: ended early; the next run sends everything again, and what is known counts once"
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,9 +178,18 @@ async def _main(arguments: argparse.Namespace) -> None:
         await client.close()
 
 
+def _nobody_listens() -> None:
+    """Let what is still buffered for a closed pipe go nowhere, or Python complains of it at the very end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 if __name__ == "__main__":
     try:
         uvloop.run(_main(_arguments()))
+    except (BrokenPipeError, KeyboardInterrupt):
+        _nobody_listens()
+        sys.stderr.write(f"{ENDED_EARLY}\n")
+        sys.exit(130)
     except (PublisherGaveUp, nats.errors.Error, OSError) as error:
         sys.stderr.write(f"publisher: {str(error) or type(error).__name__}\n")
         sys.exit(1)

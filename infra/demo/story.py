@@ -4,6 +4,7 @@ Every figure is asked for and compared with what it must be: computed here, from
 """
 
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -11,12 +12,13 @@ from decimal import Decimal
 from typing import Any, Final
 
 import openai
+import psycopg
 from openai.types.chat import ChatCompletion
 
-from infra.demo.story_doors import Doors, Target, eventually
+from infra.demo.story_doors import RETRY_SECONDS, WITHOUT_ANSWER_SECONDS_MAX, Doors, Target, eventually
 from infra.errors import StackError
-from services.ledger.audit_sql import audit
-from services.ledger.replay import replay
+from services.ledger.audit_sql import Checked, audit
+from services.ledger.replay import Replayed, replay
 
 MILLION: Final = 1_000_000
 STARTING_GRANT: Final = Decimal("1.00")
@@ -243,11 +245,11 @@ def _refund(story: _Story) -> str:
 
 
 def _replay(story: _Story) -> str:
-    replayed = replay(story.target.ledger_owner_url)
+    replayed, checks = _replayed(story)
     if not replayed.is_equal:
         different = [table.table for table in replayed.tables if table.different]
         raise _Differs(f"the replay is not equal: {[*different, *replayed.heads_astray]}")
-    if broken := [check.law for check in audit(story.target.ledger_owner_url) if check.breaches]:
+    if broken := [check.law for check in checks if check.breaches]:
         raise _Differs(f"plain SQL finds broken laws: {broken}")
     return "every projection rebuilt from the journal is equal, row by row; every law holds in plain SQL"
 
@@ -393,6 +395,18 @@ def _events(story: _Story) -> dict[str, int]:
     found = story.doors.billing.get("/v1/stripe-events", limit="100")["stripe_events"]
     ours = [each for each in found if each["payment"] == story.payment and each["status"] == "applied"]
     return {each["type"]: each["deliveries"] for each in ours}
+
+
+def _replayed(story: _Story) -> tuple[Replayed, Sequence[Checked]]:
+    """What a replay and plain SQL find; asked again while PostgreSQL restarts, as everybody else is."""
+    deadline = time.monotonic() + WITHOUT_ANSWER_SECONDS_MAX
+    while True:
+        try:
+            return replay(story.target.ledger_owner_url), audit(story.target.ledger_owner_url)
+        except psycopg.OperationalError as error:
+            if time.monotonic() > deadline:
+                raise StackError(f"PostgreSQL is away: {str(error).strip()}") from error
+        time.sleep(RETRY_SECONDS)
 
 
 def _delivered(story: _Story) -> None:

@@ -41,9 +41,7 @@ class Target:
     @classmethod
     def running(cls, layout: Layout) -> "Target":
         """The stack that runs on this directory. StackError if none does."""
-        run = state.current_run(layout)
-        if run is None:
-            raise StackError(f"Scrip is not running on {layout.directory}: start it with `make run` or `scrip up`.")
+        run = state.needed_run(layout)
         credentials = state.load_credentials(layout)
         stack = Stack(layout=layout, ports=run.ports, credentials=credentials)
         return cls(

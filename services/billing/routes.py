@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 PAGE_SIZE_MAX: Final = 500
+# Postgres has no text with a NUL in it, and no number above this.
+_NO_NUL: Final = r"^[^\x00]*$"
+_NUMBER_MAX: Final = 2**63 - 1
 RETRY_AFTER_SECONDS: Final = 2
 
 _RETRY: Final = {"Retry-After": str(RETRY_AFTER_SECONDS)}
@@ -178,7 +181,7 @@ def _checkout_router(backend: Callable[[], Backend]) -> APIRouter:
         return await _checkout(made, checkout)
 
     @router.get("/v1/checkout/{checkout}", dependencies=[Depends(require("billing:read"))])
-    async def show_checkout(checkout: Annotated[str, Path(max_length=255)]) -> CheckoutView:
+    async def show_checkout(checkout: Annotated[str, Path(max_length=255, pattern=_NO_NUL)]) -> CheckoutView:
         """A checkout, by its id or by that of Stripe's session."""
         return await _checkout(backend(), checkout)
 
@@ -264,7 +267,7 @@ class UnattributedPage(BaseModel):
 
 
 _Limit = Annotated[int, Query(ge=1, le=PAGE_SIZE_MAX)]
-_After = Annotated[str, Query(max_length=255)]
+_After = Annotated[str, Query(max_length=255, pattern=_NO_NUL)]
 
 
 def _reading_router(backend: Callable[[], Backend]) -> APIRouter:
@@ -297,7 +300,9 @@ def _reading_router(backend: Callable[[], Backend]) -> APIRouter:
 
     @router.get("/v1/stripe-events")
     async def stripe_events(
-        status: EventStatus | None = None, limit: _Limit = 100, before: Annotated[int | None, Query(ge=1)] = None
+        status: EventStatus | None = None,
+        limit: _Limit = 100,
+        before: Annotated[int | None, Query(ge=1, le=_NUMBER_MAX)] = None,
     ) -> StripeEventPage:
         """The inbox: every event that Stripe signed, and what became of it."""
         async with _connection(backend()) as connection:

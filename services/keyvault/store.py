@@ -4,8 +4,10 @@ Locks are taken in one order by everybody, so that nobody deadlocks: the partiti
 order of their records, then the rest.
 """
 
+import fcntl
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -55,22 +57,43 @@ class KeyringFile:
 
 def make_keyring_file(path: Path) -> Keyring:
     """A new ring of one random key, unless the file exists: then the ring that is in it."""
-    if path.exists():
-        return translate.read_keyring(path.read_bytes(), name=path.name)
-    return _write_keyring(path, first_keyring(os.urandom(KEY_BYTES)))
+    with _alone_with(path):
+        if path.exists():
+            return translate.read_keyring(path.read_bytes(), name=path.name)
+        return _write_keyring(path, first_keyring(os.urandom(KEY_BYTES)))
 
 
 def rotate_keyring_file(path: Path) -> Keyring:
-    """Add a random key to the ring in the file and make it current. Rewrapping the rows comes after."""
-    ring = translate.read_keyring(path.read_bytes(), name=path.name)
-    return _write_keyring(path, rotated(ring, os.urandom(KEY_BYTES)))
+    """Add a random key to the ring in the file and make it current. Rewrapping the rows comes after.
+
+    Raises InvalidKeyring, or OSError; then the file is as it was.
+    """
+    with _alone_with(path):
+        ring = translate.read_keyring(path.read_bytes(), name=path.name)
+        return _write_keyring(path, rotated(ring, os.urandom(KEY_BYTES)))
+
+
+@contextmanager
+def _alone_with(path: Path) -> Iterator[None]:
+    """Nobody else writes the ring meanwhile: of two versions of one number, one would be lost with what it wrapped."""
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(directory)
 
 
 def _write_keyring(path: Path, ring: Keyring) -> Keyring:
     """Replace the file in one step: whoever reads it, or comes after a crash, sees the old ring or the new one."""
     new = path.with_name(f"{path.name}.new")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    # What a crash left may be open to others, or another user's.
+    new.unlink(missing_ok=True)
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
+        if path.exists() and (owner := path.stat()).st_uid != os.geteuid():
+            # Keyvault must be able to read it, also when root writes it.
+            os.fchown(descriptor, owner.st_uid, owner.st_gid)
         file.write(translate.keyring_text(ring))
         file.flush()
         os.fsync(descriptor)

@@ -28,6 +28,9 @@ RECONNECT_SECONDS_MAX: Final = 2.0
 _BOOTSTRAP_LOCK: Final = 0x5C_12_1B_00
 _MIGRATE_LOCK: Final = 0x5C_12_1B_01
 
+# What initdb makes lets everybody in.
+_DATABASES_OF_INITDB: Final = ("postgres", "template1")
+
 _SERVICES: Final = Path(__file__).resolve().parent.parent
 
 # A dead peer is noticed by the kernel within seconds, not hours.
@@ -166,7 +169,8 @@ def bootstrap(admin_url: SecretStr, *, database: str, passwords: Mapping[str, Se
 
     `passwords` has a `<service>` and a `<service>_owner` for every service. The owner role owns the schema `<service>`
     and migrates it, and `<service>_shadow`, where it rebuilds projections; the runtime role may use the first, and each
-    table as that table's migration grants it.
+    table as that table's migration grants it. No role of a service gets into the databases that initdb made: there
+    nobody connects any more who was not granted it by name.
     """
     services = sorted(role.removesuffix("_owner") for role in passwords if role.endswith("_owner"))
     if set(passwords) != {*services, *(f"{service}_owner" for service in services)}:
@@ -177,6 +181,9 @@ def bootstrap(admin_url: SecretStr, *, database: str, passwords: Mapping[str, Se
             _set_role(admin, role=role, password=password)
         if admin.execute("SELECT 1 FROM pg_database WHERE datname = %s", [database]).fetchone() is None:
             admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(database)))
+        found = admin.execute("SELECT datname FROM pg_database WHERE datname = ANY(%s)", [[*_DATABASES_OF_INITDB]])
+        for (name,) in found.fetchall():
+            _run(admin, "REVOKE ALL ON DATABASE {name} FROM PUBLIC", name=name)
         with psycopg.connect(
             make_conninfo(admin_url.get_secret_value(), dbname=database), application_name="scrip-bootstrap"
         ) as inside:

@@ -1,6 +1,7 @@
 """Removes from a stream what every consumer has acknowledged: streams refuse when full, so somebody must make room.
 
-Knows consumers from the contract, never from the server: one that is missing there keeps everything.
+Knows consumers from the contract, never from the server: one that is missing there keeps everything. A stream to which
+the contract gives none is only listened to, live: its oldest messages make room.
 """
 
 import asyncio
@@ -50,10 +51,10 @@ def trim_up_to(stream: StreamState, consumers: Sequence[ConsumerState], *, keep_
 
     `stream` is older than `consumers`: what was stored in between is beyond its `last_sequence`.
     """
-    if stream.bytes_stored <= keep_bytes_max or stream.messages == 0 or not consumers:
+    if stream.bytes_stored <= keep_bytes_max or stream.messages == 0:
         return 0
     surplus = (stream.bytes_stored - keep_bytes_max) * stream.messages // stream.bytes_stored
-    acknowledged = min(_acknowledged(consumer, stream) for consumer in consumers)
+    acknowledged = min((_acknowledged(consumer, stream) for consumer in consumers), default=stream.last_sequence)
     last = min(acknowledged, stream.first_sequence + surplus - 1, stream.last_sequence)
     return last if last >= stream.first_sequence else 0
 

@@ -2,9 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 import openai
 import pytest
@@ -12,39 +10,17 @@ from nats.aio.client import Client
 
 from contracts import keyvault
 from contracts.partition import partition_of
-from contracts.streams import USERS
-from infra.nats_config import Account, accounts_config
-from infra.servers import EmbeddedNats, free_port
-from tests.conftest import NatsAccount, refresh_streams
+from tests.conftest import NatsAccount
 from tests.eventually import eventually
 from tests.integration.gateway.conftest import OwnWorld
-from tests.integration.gateway.driving import World, running, world_of
-from tests.servers import account_prefix, password
+from tests.integration.gateway.driving import World
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-async def world(tmp_path: Path, tokens_file: Path) -> AsyncIterator[World]:
-    """On a NATS of its own, where the gateway hears keyvault's facts."""
-    hearing = [
-        replace(user, answers=(*user.answers, "keyvault.v1.*.key.*")) if user.name == "gateway" else user
-        for user in USERS
-    ]
-    passwords = {user.name: password("own", user.name) for user in USERS}
-    accounts = accounts_config([Account("W0", passwords, account_prefix(0))], users=hearing)
-    with EmbeddedNats(tmp_path / "nats", accounts=accounts, port=free_port()) as server:
-        account = NatsAccount(server.url, "own", account_prefix(0))
-        await refresh_streams(account)
-        with running(account, tmp_path, tokens_file=tokens_file) as gateway:
-            async with world_of(gateway, account) as made:
-                yield made
-
-
-@pytest.fixture
-async def keyvault_nats(world: World) -> AsyncIterator[Client]:
-    account = NatsAccount(world.settings.nats_url, "own", account_prefix(0))
-    client = await account.connect("keyvault")
+async def keyvault_nats(nats_account: NatsAccount) -> AsyncIterator[Client]:
+    client = await nats_account.connect("keyvault")
     yield client
     await client.close()
 

@@ -222,6 +222,26 @@ async def test_a_key_that_is_disabled_is_refused_within_moments(chain: Chain) ->
     await chain.settled((1_000_000 - 4 * Decimal("0.15") - 5 * Decimal("0.60")) / 1_000_000)
 
 
+async def test_a_disabled_key_is_forgotten_long_before_it_would_be_asked_about_again(chain: Chain) -> None:
+    """A lease is refused in any case; that the first call does not even get a hold shows that the gateway has heard."""
+    made = await chain.new_key()
+    client = await chain.client(made["key"])
+    await ask(client, "[[tokens:5]]")
+    await chain.settled((1_000_000 - 4 * Decimal("0.15") - 5 * Decimal("0.60")) / 1_000_000)
+
+    async def entries() -> int:
+        return len((await chain.ledger.get(f"/v1/statements/{HOLDER}")).json()["entries"])
+
+    disabled = await chain.keyvault.post(f"/v1/access-keys/{made['key_id']}/disable", json={"reason": "leaked"})
+    assert disabled.is_success, disabled.text
+    before = await entries()
+    await asyncio.sleep(0.5)
+    with pytest.raises(openai.AuthenticationError) as refused:
+        await ask(client, "[[tokens:5]]")
+    assert refused.value.code == "key_disabled"
+    assert await entries() == before
+
+
 async def test_out_of_credits_says_what_would_fit(chain: Chain) -> None:
     client = await chain.client((await chain.new_key())["key"])
     with pytest.raises(openai.APIStatusError) as refused:

@@ -20,7 +20,7 @@ from infra.supervisor import unready
 REPOSITORY = Path(__file__).parents[3]
 DRIVE = "tests.integration.infra.drive"
 READY = "Ctrl-C stops it"
-WAIT_SECONDS_MAX = 30.0
+WAIT_SECONDS_MAX = 90.0
 
 
 class Driven:

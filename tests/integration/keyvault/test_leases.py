@@ -108,6 +108,7 @@ async def test_an_answer_goes_to_the_gateways_inbox_or_nowhere(driver: Driver) -
         await asyncio.sleep(0.2)
         for message in await driver.all_messages():
             assert OPENAI.encode() not in message
+            assert b"not_permitted" not in message
 
 
 async def test_what_cannot_be_read_is_refused_and_not_repeated(driver: Driver) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from contracts import ledger as words
 from contracts.money import Amount
-from contracts.partition import partition_of
+from contracts.partition import partition_of, token
+from contracts.streams import LEDGER, ledger_command_subject
 from services.kit.ids import new_hold_id
 from tests.builders import charge_line, grant, hold_leg, open_account, place_hold, release_hold
 from tests.integration.ledger.driving import Driver
@@ -55,6 +56,25 @@ async def test_an_accepted_outcome_is_replayed_for_ever(driver: Driver) -> None:
         assert (await wallet(http, "acme"))["posted"] == "20"
     async with driver.running():
         assert (await driver.accepted(grant("acme", "10"))) == again
+
+
+async def test_an_answer_goes_to_an_inbox_or_nowhere(driver: Driver) -> None:
+    """A reply subject is the caller's choice: an answer must not become a fact, or a call to JetStream."""
+    async with driver.running():
+        command = open_account("acme", "usd")
+        partition = partition_of("acme")
+        subject = ledger_command_subject(partition=partition, command="open_account", principal="tester")
+        elsewhere = (f"ledger.v1.{token(partition)}.account.opened", "$JS.API.STREAM.PURGE.LEDGER", "_INBOX.x", "x")
+        await driver.accepted(open_account("other", "usd"))
+        before = (await driver.ledger_nats.jetstream().stream_info(LEDGER)).state.last_seq
+        for reply in elsewhere:
+            await driver.ledger_nats.publish(subject, command.model_dump_json().encode(), reply=reply)
+        await driver.ledger_nats.flush()
+        await asyncio.sleep(0.3)
+        assert await driver.rows("SELECT 1 FROM accounts WHERE account = 'acme'") == []
+        after = (await driver.ledger_nats.jetstream().stream_info(LEDGER)).state
+        assert (after.last_seq, after.first_seq) == (before, 1)
+        assert not (await driver.accepted(command)).replayed
 
 
 async def test_one_key_asked_at_once_is_carried_out_once(driver: Driver) -> None:

@@ -147,6 +147,10 @@ WILDCARDS: Final = (
     "ledger.>",
     "ledger.v1.*.account.opened",
     "keyvault.>",
+    "keyvault.v1.>",
+    "keyvault.v1.*.*.*",
+    "keyvault.v1.*.key.*",
+    "keyvault.v1.*.key.disabled",
     "rpc.>",
     "rpc.*.v1.>",
     "rpc.ledger.>",
@@ -254,6 +258,14 @@ MAY_PUBLISH: Final[Mapping[str, set[str]]] = {
 
 MAY_SUBSCRIBE: Final[Mapping[str, set[str]]] = {
     **{name: own_inbox(name) for name in NAMES},
+    "gateway": {
+        *own_inbox("gateway"),
+        # What keyvault says of keys, as it says it.
+        "keyvault.v1.07.key.created",
+        "keyvault.v1.07.key.disabled",
+        "keyvault.v1.*.key.*",
+        "keyvault.v1.*.key.disabled",
+    },
     "ledger": {
         *own_inbox("ledger"),
         *(f"rpc.ledger.v1.07.{command}.{caller}" for command in LEDGER_COMMANDS for caller in CALLERS),
@@ -471,6 +483,16 @@ async def test_others_do_not_answer(nats_account: NatsAccount) -> None:
                 assert not await user.publish(f"_INBOX_{other}.answers.1")
 
 
+async def test_who_listens_does_not_answer_what_it_hears(nats_account: NatsAccount) -> None:
+    async with trying(nats_account, "keyvault") as keyvault, trying(nats_account, "gateway") as gateway:
+        heard: asyncio.Queue[Msg] = asyncio.Queue()
+        await gateway.client.subscribe("keyvault.v1.*.key.*", cb=heard.put)
+        await settled(gateway.client)
+        assert await keyvault.publish("keyvault.v1.07.key.disabled", reply="_INBOX_keyvault.answer")
+        assert (await asyncio.wait_for(heard.get(), 5)).subject == "keyvault.v1.07.key.disabled"
+        assert not await gateway.publish("_INBOX_keyvault.answer")
+
+
 # --- Subjects that a request names for its answer: what the server enforces, and what it does not. ---
 
 
@@ -574,7 +596,9 @@ async def test_a_reader_can_have_jetstream_call_itself_which_permissions_do_not_
     billing) can remove any stream's messages, any consumer, any stream. It cannot make one or read one: calls with a
     body are not reachable, for a message keeps its own subject, and receipts and answers are not what a call
     understands. A user without a consumer (gateway, keyvault, console, publishing services) reaches none of them.
-    Only accounts of their own would close it: services are trusted not to; publishing services need not be.
+    No permission closes it. JetStream in an account of its own would: from a services' account that imports single
+    calls of it, a status reaches those only; purging would have to be left to users without a consumer. Services are
+    trusted not to; publishing services need not be.
     """
 
     async def purged() -> bool:

@@ -433,6 +433,21 @@ def test_no_role_is_more_than_itself(database: Database, roles: Mapping[str, Rol
 _REFUSED: Final = (psycopg.errors.InsufficientPrivilege, psycopg.errors.ActiveSqlTransaction)
 
 
+def test_a_service_role_gets_into_its_own_database_only(database: Database) -> None:
+    """What initdb makes is everybody's by default: a service could leave tables there, or read what others left."""
+    with psycopg.connect(database.superuser_url.get_secret_value()) as superuser:
+        names = {str(name) for (name,) in superuser.execute("SELECT datname FROM pg_database").fetchall()}
+    others = {name for name in names if not name.startswith("scrip_")}
+    assert others >= {"postgres", "template1", "template0"}
+    for service in SERVICES:
+        for role in (service, f"{service}_owner"):
+            url = database.url(role).get_secret_value()
+            psycopg.connect(url).close()
+            for name in others:
+                with pytest.raises(psycopg.OperationalError, match=r"permission denied|not currently accepting"):
+                    psycopg.connect(make_conninfo(url, dbname=name)).close()
+
+
 def test_a_role_gets_in_with_its_password_only(database: Database) -> None:
     for service in SERVICES:
         for role in (service, f"{service}_owner"):

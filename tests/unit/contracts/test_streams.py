@@ -173,13 +173,12 @@ def test_services_publish_their_own_words() -> None:
             assert first in ("usage", "rpc", user.name)
 
 
-def test_nobody_reads_business_subjects_but_through_its_consumers() -> None:
+def test_nobody_reads_business_subjects_but_through_its_consumers_or_what_it_listens_to() -> None:
     stored = [subject for stream in STREAMS for subject in stream.subjects]
     for user in USERS:
         allowed = permissions(user).subscribe
-        assert not [pair for each in allowed for pair in stored if meet(each, pair)]
-        assert allowed == (*user.answers, f"{inbox_prefix(user.name)}.>")
-        assert permissions(user).responds == bool(user.answers)
+        assert [each for each in allowed if any(meet(each, pair) for pair in stored)] == list(user.listens)
+        assert allowed == (*user.answers, *user.listens, f"{inbox_prefix(user.name)}.>")
     for one, other in combinations(USERS, 2):
         assert not [
             (first, second)
@@ -187,6 +186,21 @@ def test_nobody_reads_business_subjects_but_through_its_consumers() -> None:
             for second in permissions(other).subscribe
             if meet(first, second)
         ]
+
+
+def test_only_who_answers_may_respond() -> None:
+    """Who only listens may answer nothing, whatever reply subject comes with what it hears."""
+    for user in USERS:
+        assert permissions(user).responds == bool(user.answers)
+    assert not permissions(User(name="listener", listens=("keyvault.v1.*.key.*",))).responds
+
+
+def test_what_is_listened_to_is_one_streams_facts_of_one_noun_and_anothers() -> None:
+    for user in USERS:
+        for subject in user.listens:
+            assert [stream for stream in STREAMS if any(covers(each, subject) for each in stream.subjects)], subject
+            assert subject.split(".", maxsplit=1)[0] not in ("*", ">", user.name)
+    assert {user.name: user.listens for user in USERS if user.listens} == {"gateway": ("keyvault.v1.*.key.*",)}
 
 
 def test_a_users_jetstream_calls_are_about_its_own_consumers_and_the_streams_it_trims() -> None:

@@ -1,6 +1,8 @@
 """Laws of the key ring and its file."""
 
+import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,45 @@ def test_the_file_is_made_once_and_rotated_in_place(tmp_path: Path) -> None:
     assert rotated_ring.keys[1] == made.keys[1]
     assert path.stat().st_mode & 0o777 == 0o600
     assert [each.name for each in tmp_path.iterdir()] == ["keyring.json"]
+
+
+def test_rotations_at_once_lose_no_version(tmp_path: Path) -> None:
+    """A version that another overwrote may already have wrapped a secret: nobody could open it any more."""
+    path = tmp_path / "keyring.json"
+    make_keyring_file(path)
+    with ThreadPoolExecutor(max_workers=8) as threads:
+        rings = list(threads.map(lambda _: rotate_keyring_file(path), range(16)))
+    last = read_keyring(path.read_bytes(), name="ring")
+    assert last.versions == tuple(range(1, 18))
+    for ring in rings:
+        assert all(last.keys[version] == key for version, key in ring.keys.items())
+
+
+def test_what_a_crash_left_half_written_is_neither_read_nor_kept_open(tmp_path: Path) -> None:
+    path = tmp_path / "keyring.json"
+    made = make_keyring_file(path)
+    half_written = tmp_path / "keyring.json.new"
+    half_written.write_text("{")
+    half_written.chmod(0o666)
+    assert read_keyring(path.read_bytes(), name="ring") == made
+    rotate_keyring_file(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [each.name for each in tmp_path.iterdir()] == ["keyring.json"]
+
+
+def test_a_rotation_that_cannot_be_written_leaves_the_ring_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "keyring.json"
+    made = make_keyring_file(path)
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("services.keyvault.store.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        rotate_keyring_file(path)
+    assert read_keyring(path.read_bytes(), name="ring") == made
 
 
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:

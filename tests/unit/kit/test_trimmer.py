@@ -31,8 +31,10 @@ def test_one_with_nothing_to_do_holds_nothing_up() -> None:
     assert trim_up_to(STREAM, [consumer(0, pending=0, unacknowledged=0)], keep_bytes_max=0) == 0
 
 
-def test_a_stream_nobody_reads_is_not_trimmed() -> None:
-    assert trim_up_to(STREAM, [], keep_bytes_max=0) == 0
+def test_a_stream_without_consumers_keeps_what_is_to_be_kept_and_no_more() -> None:
+    assert trim_up_to(STREAM, [], keep_bytes_max=0) == 1_500
+    assert trim_up_to(STREAM, [], keep_bytes_max=40_000) == 500 + 600
+    assert trim_up_to(STREAM, [], keep_bytes_max=100_000) == 0
 
 
 consumers = st.lists(

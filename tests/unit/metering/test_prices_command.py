@@ -17,6 +17,7 @@ from contracts.pricing import rate
 from contracts.usage import ModelUsed
 from infra.commands import prices
 from infra.errors import StackError
+from infra.service_api import ServiceApi
 from services.kit.catalogue import load_catalogue
 from services.metering import translate
 from services.metering.domain.prices import PriceBook, difference, is_new
@@ -32,8 +33,8 @@ class Metering:
         self.book: PriceBook = translate.read_price_book(CATALOGUE.section("price_versions"), units=CATALOGUE.units)
         self.posted: list[dict[str, Any]] = []
 
-    def client(self) -> prices._Metering:
-        return prices._Metering("http://stand-in", httpx2.Client(transport=httpx2.MockTransport(self.answer)))
+    def client(self) -> ServiceApi:
+        return ServiceApi("metering", "http://stand-in", httpx2.Client(transport=httpx2.MockTransport(self.answer)))
 
     def answer(self, request: httpx2.Request) -> httpx2.Response:
         if request.url.path.endswith("/versions"):
@@ -69,7 +70,7 @@ class Metering:
 @pytest.fixture
 def metering(monkeypatch: pytest.MonkeyPatch) -> Metering:
     made = Metering()
-    monkeypatch.setattr(prices._Metering, "running", made.client)
+    monkeypatch.setattr(prices, "_metering", made.client)
     return made
 
 

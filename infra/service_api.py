@@ -1,0 +1,70 @@
+"""The HTTP API of a service that runs, as its operator. What goes wrong becomes a sentence."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+import httpx2
+
+from contracts.streams import OPERATOR
+from infra import state
+from infra.errors import StackError
+from infra.servers import LOOPBACK
+
+TIMEOUT_SECONDS: Final = 30.0
+
+Json = dict[str, Any]
+Query = Mapping[str, str | int | bool]
+
+
+class NotFound(StackError):
+    """The service answers 404."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceApi:
+    """A running service. An answer other than success is a StackError."""
+
+    service: str
+    url: str
+    client: httpx2.Client
+
+    @classmethod
+    def running(cls, service: str) -> Self:
+        """That of the stack that runs on the state directory. StackError if none does."""
+        layout = state.locate()
+        run = state.needed_run(layout)
+        token = state.load_credentials(layout).tokens[OPERATOR]
+        # The proxies of the environment lead elsewhere.
+        client = httpx2.Client(headers={"Authorization": f"Bearer {token}"}, timeout=TIMEOUT_SECONDS, trust_env=False)
+        return cls(service, f"http://{LOOPBACK}:{run.ports[service]}", client)
+
+    def get(self, path: str, query: Query | None = None) -> Json:
+        """What stands at a path."""
+        return self._answer("GET", path, params=query)
+
+    def post(
+        self,
+        path: str,
+        body: Json | None = None,
+        *,
+        query: Query | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Json:
+        """The answer to a command."""
+        return self._answer("POST", path, params=query, json=body, headers=headers)
+
+    def _answer(self, method: str, path: str, **options: Any) -> Json:
+        try:
+            response = self.client.request(method, self.url + path, **options)
+            answer: Json = response.json()
+        except (httpx2.HTTPError, ValueError) as error:
+            raise StackError(
+                f"{self.service.capitalize()} does not answer at {self.url} ({type(error).__name__})."
+            ) from error
+        if response.is_success:
+            return answer
+        problems = [f"{each.get('pointer', '')} {each.get('detail', '')}" for each in answer.get("errors", [])]
+        why = "; ".join(problems) or answer.get("detail", response.status_code)
+        kind = NotFound if response.status_code == httpx2.codes.NOT_FOUND else StackError
+        raise kind(f"{self.service.capitalize()} refuses: {why}")
