@@ -62,7 +62,7 @@ def test_totals_are_exact_after_a_kill_of_each_in_the_middle(
     chosen = random.Random(SEED)
     victims = chosen.sample(VICTIMS, k=len(VICTIMS))
     with capsys.disabled():
-        play_and_kill(stack, Round(name="all", victims=tuple(victims), rows=3000, rate=400, batch=50), chosen, tmp_path)
+        play_and_kill(stack, Round(name="all", victims=tuple(victims), rows=5000, rate=400, batch=50), chosen, tmp_path)
 
 
 def test_totals_are_exact_when_every_event_is_sent_three_times_in_another_order(

@@ -3,9 +3,10 @@
 import asyncio
 import os
 import signal
+import subprocess
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import nats
@@ -197,29 +198,42 @@ async def test_wrong_credentials_fail_at_once(nats_account: NatsAccount) -> None
             await connect_nats(settings)
 
 
+@contextmanager
+def standing_still(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """Within this the process does nothing. It is told to stop, and does so a moment later."""
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        deadline = time.monotonic() + 10
+        while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            assert time.monotonic() < deadline, "it does not stop"
+            time.sleep(0.001)
+        yield
+    finally:
+        # Stopped, it would not even end.
+        os.kill(process.pid, signal.SIGCONT)
+
+
 async def test_the_ping_tells_a_hung_server_and_recovers(own_nats: tuple[EmbeddedNats, NatsAccount]) -> None:
     server, account = own_nats
     client = await connect_nats(settings_in(account, "console"))
-    check = nats_check(client)
-    await check()
-    assert server.process is not None
-    os.kill(server.process.pid, signal.SIGSTOP)
     try:
-        started = time.monotonic()
-        with pytest.raises(TimeoutError):
-            await check()
-        hung_seconds = time.monotonic() - started
-    finally:
-        # Stopped, it would not even end.
-        os.kill(server.process.pid, signal.SIGCONT)
-    assert hung_seconds < 5
-    await check()
-    await check()
-    server.stop()
-    await eventually(lambda: not client.is_connected)
-    with pytest.raises(ConnectionError):
+        check = nats_check(client)
         await check()
-    server.start()
-    await eventually(lambda: client.is_connected)
-    await check()
-    await client.close()
+        assert server.process is not None
+        with standing_still(server.process):
+            started = time.monotonic()
+            with pytest.raises(TimeoutError):
+                await check()
+            hung_seconds = time.monotonic() - started
+        assert hung_seconds < 5
+        await check()
+        await check()
+        server.stop()
+        await eventually(lambda: not client.is_connected)
+        with pytest.raises(ConnectionError):
+            await check()
+        server.start()
+        await eventually(lambda: client.is_connected)
+        await check()
+    finally:
+        await client.close()
