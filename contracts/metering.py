@@ -30,6 +30,7 @@ class Scope(BaseModel):
 class ChargeLine(BaseModel):
     """What one usage event cost. (source, event_id, revision) is charged once; a revision above 0 is a later rating.
 
+    One that is not `final` leaves the hold it names open: more lines of it are to come.
     `traceparent` says of which trace the charge is a step; it is no part of what is charged.
     """
 
@@ -45,6 +46,8 @@ class ChargeLine(BaseModel):
     price_version: PriceVersionId
     own_key: bool = False
     amounts: Annotated[tuple[Amount, ...], Field(max_length=16)]
+    # Not written when it is: readers of before know no such field.
+    final: bool = Field(default=True, exclude_if=lambda value: value)
     # Not written when there is none: readers of before know no such field.
     traceparent: Traceparent | None = Field(default=None, exclude_if=lambda value: value is None)
 

@@ -63,18 +63,43 @@ MESSAGES: Final = (
     MessageType(CHARGES_RATED, "event", ChargesRated, f"metering.v1.{ANY_PARTITION}.charges.rated"),
     _fact(ledger.AccountOpened),
     _fact(ledger.LotGranted),
+    _fact(ledger.LotExpired),
+    _fact(ledger.LotVoided),
     _fact(ledger.HoldPlaced),
+    _fact(ledger.HoldExtended),
+    _fact(ledger.HoldSettled),
     _fact(ledger.HoldReleased),
+    _fact(ledger.HoldExpired),
     _fact(ledger.UsageCharged),
+    _fact(ledger.ChargeReversed),
+    _fact(ledger.MoneyTransferred),
+    _fact(ledger.PaymentClaimed),
+    _fact(ledger.BalanceLow),
+    _fact(ledger.BalanceExhausted),
+    _fact(ledger.BalanceRecovered),
+    _fact(ledger.HeadsSigned),
     _command(ledger.OpenAccount),
+    _command(ledger.SetWallet),
     _command(ledger.Grant),
+    _command(ledger.VoidGrant),
+    _command(ledger.Adjust),
     _command(ledger.PlaceHold),
+    _command(ledger.ExtendHold),
+    _command(ledger.SettleHold),
     _command(ledger.ReleaseHold),
     _command(ledger.Charge),
+    _command(ledger.Debit),
+    _command(ledger.ReverseCharge),
+    _command(ledger.Transfer),
     _command(ledger.ClaimPayment),
+    _command(ledger.SetRule),
+    _command(ledger.EndRule),
+    _command(ledger.ChangePlan),
+    _command(ledger.CommandList),
     MessageType("rpc.ledger.reply.accepted.v1", "reply", ledger.Accepted),
     MessageType("rpc.ledger.reply.refused.v1", "reply", ledger.Refused),
     MessageType("rpc.ledger.reply.failed.v1", "reply", ledger.Failed),
+    MessageType("rpc.ledger.reply.listed.v1", "reply", ledger.Listed),
     MessageType("billing.stripe.received.v1", "event", billing.StripeReceived, billing.STRIPE_RECEIVED_SUBJECT),
     _fact(billing.PaymentReceived),
     _fact(billing.PaymentClaimed),
@@ -89,11 +114,7 @@ MESSAGES: Final = (
 )
 
 # Subjects that streams and permissions know and no message exists for yet.
-RESERVED: Final = (
-    f"metering.v1.{ANY_PARTITION}.reversals.requested",
-    f"rpc.ledger.v1.{ANY_PARTITION}.extend_hold.{{principal}}",
-    f"rpc.ledger.v1.{ANY_PARTITION}.debit.{{principal}}",
-)
+RESERVED: Final = (f"metering.v1.{ANY_PARTITION}.reversals.requested",)
 
 
 def pattern_of(address: str) -> str:

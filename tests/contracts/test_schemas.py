@@ -14,7 +14,7 @@ from pydantic import BaseModel
 import contracts
 from contracts.envelope import read_usage_event
 from contracts.keyvault import KEY_COMMANDS, KEY_REPLIES
-from contracts.ledger import COMMANDS, REPLIES
+from contracts.ledger import COMMANDS, LIST_REPLIES, REPLIES
 from contracts.usage import MODEL_USED
 from infra import schemas
 from infra.schemas import EXAMPLES, MESSAGES, MessageType
@@ -72,7 +72,8 @@ def test_every_model_that_is_a_message_has_a_schema() -> None:
     }
     assert messages == {message.model for message in MESSAGES}
     commands = _alternatives(COMMANDS.json_schema()) | _alternatives(KEY_COMMANDS.json_schema())
-    replies = _alternatives(REPLIES.json_schema()) | _alternatives(KEY_REPLIES.json_schema())
+    replies = _alternatives(REPLIES.json_schema()) | _alternatives(LIST_REPLIES.json_schema())
+    replies |= _alternatives(KEY_REPLIES.json_schema())
     assert {message.model for message in MESSAGES if message.kind == "command"} == commands
     assert {message.model for message in MESSAGES if message.kind == "reply"} == replies
 
@@ -98,7 +99,8 @@ def test_each_example_parses_for_ever(path: Path) -> None:
         case "command":
             assert (KEY_COMMANDS if of_keyvault else COMMANDS).validate_json(body) == parsed
         case "reply":
-            assert (KEY_REPLIES if of_keyvault else REPLIES).validate_json(body) == parsed
+            ledger_replies = LIST_REPLIES if message.name == "rpc.ledger.reply.listed.v1" else REPLIES
+            assert (KEY_REPLIES if of_keyvault else ledger_replies).validate_json(body) == parsed
         case "event" if message.name == MODEL_USED:
             assert read_usage_event(body)[0] == parsed
         case "event":
