@@ -1,164 +1,96 @@
 """What claims on a payment take of the lots granted for it: a function of all claims, whatever order they came in.
 
-Of what was paid, what is claimed for good, once; of each bonus as much in proportion. Of a lot: what is left unheld at
-once, what is held as its holds end, and what was spent is owed (of a cap: counted as overage) in its stead.
+Of what was paid, what is claimed for good, once; of each bonus as much in proportion. Of a lot: what is unheld; what is
+held, as holds end; what was spent is owed (of a cap: overage) in its stead. Open claims freeze of what is left. What
+became of a lot by transfers counts as the lot, and goes first.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import assert_never
 
+from services.ledger.domain.attempt import Attempt
 from services.ledger.domain.commands import Units
-from services.ledger.domain.debts import debts_after, repayments
-from services.ledger.domain.entries import ClawedBack, Kind, LotKind, Move, contra_move, granted_by, payment_of
-from services.ledger.domain.state import PartitionState, Payment, Wallet
+from services.ledger.domain.debts import repay, unrepay
+from services.ledger.domain.due import released_moves
+from services.ledger.domain.entries import (
+    ClaimFrozen,
+    ClawedBack,
+    Kind,
+    LotKind,
+    LotVoided,
+    Move,
+    contra_move,
+    granted_by,
+    payment_of,
+)
+from services.ledger.domain.state import Lot, PartitionState, Payment, Wallet
 
 InStead = tuple[str, LotKind]
+# What has come back to a lot, of which more may become.
+Back = tuple[Lot, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A lot that was granted for a payment, and where it is."""
+def settle(attempt: Attempt, payment: Payment, *, occurred_at: datetime) -> list[Back]:
+    """Take, freeze and give back until claims have of each lot of a payment what they come to.
 
-    lot: str
-    kind: LotKind
-    wallet: Wallet
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """Such a lot with its amounts, as a decision finds or makes it."""
-
-    source: Source
-    granted: int
-    available: int
-    held: int = 0
-    clawed: int = 0
-    clawed_spent: int = 0
-    pending: int = 0
-
-    @property
-    def lot(self) -> str:
-        return self.source.lot
-
-    @property
-    def wallet(self) -> Wallet:
-        return self.source.wallet
+    All lots that refer to the payment, spent or not, have been read, and those that repaid debts among them. What was
+    taken in a lot's stead and repaid since goes back to whom it was repaid by when it is cancelled: to these lots.
+    """
+    families = _families(attempt, payment)
+    first = [family.first for family in families]
+    clawed = wanted(first, unit=payment.unit, claimed=payment.claimed)
+    frozen = wanted_frozen(first, clawed, unit=payment.unit, disputed=payment.disputed)
+    shares = [
+        share for family in families for share in _shares(family, clawed[family.first.id], frozen[family.first.id])
+    ]
+    settling = _Settling(attempt, payment.id, occurred_at)
+    backs = [share.back for share in shares]
+    for share in shares:
+        settling.unfreeze(share)
+    got = [each for share in shares for each in settling.give_back(share)]
+    for share in shares:
+        settling.take(share)
+    for share, back in zip(shares, backs, strict=True):
+        settling.leave(share.lot, min(back, share.lot.available))
+    return got
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Clawing:
-    """What the moves of a decision about a payment have in common."""
-
-    payment: str
-    units: Units
-    occurred_at: datetime
-    new_lots: Iterator[str]
-
-    def move(
-        self,
-        kind: Kind,
-        source: Source,
-        *,
-        posted: int,
-        in_stead: InStead | None = None,
-        pending: int = 0,
-        hold: str | None = None,
-    ) -> Move:
-        """Something of a lot, or of what stands in its stead."""
-        lot, lot_kind = in_stead or (source.lot, source.kind)
-        return Move(
-            kind=kind,
-            account=source.wallet.account,
-            occurred_at=self.occurred_at,
-            unit=source.wallet.unit,
-            lot=lot,
-            lot_kind=lot_kind,
-            hold=hold,
-            posted=posted,
-            details=ClawedBack(self.payment, source.lot, pending),
-        )
-
-    def contra(self, kind: Kind, source: Source, *, posted: int) -> Move:
-        """The other side: whence the lot had come."""
-        return contra_move(
-            kind,
-            granted_by(source.kind),
-            account=source.wallet.account,
-            unit=self.units.by_name[source.wallet.unit],
-            posted=posted,
-            occurred_at=self.occurred_at,
-        )
-
-
-def wanted(parts: Sequence[Part], *, unit: str | None, claimed: int) -> dict[str, int]:
+def wanted(lots: Sequence[Lot], *, unit: str | None, claimed: int) -> dict[str, int]:
     """What claims of `claimed` in all take of each lot: min(paid, claimed), and floor(bonus * that / paid) per unit."""
-    bonuses = dict.fromkeys(part.wallet.unit for part in parts if part.source.kind == "bonus")
-    paid_parts = [part for part in parts if part.source.kind == "purchase" and part.wallet.unit == unit]
-    paid = sum(part.granted for part in paid_parts)
+    paid_lots = _paid(lots, unit)
+    paid = sum(lot.granted for lot in paid_lots)
     clawed = min(paid, claimed)
-    found = _filled(paid_parts, clawed)
-    for bonus_unit in bonuses:
-        bonus_parts = [part for part in parts if part.source.kind == "bonus" and part.wallet.unit == bonus_unit]
-        bonus = sum(part.granted for part in bonus_parts)
-        found |= _filled(bonus_parts, bonus * clawed // paid if paid else 0)
+    found = dict.fromkeys((lot.id for lot in lots), 0) | _filled(paid_lots, clawed)
+    for bonus_unit in {lot.unit for lot in lots if lot.kind == "bonus"}:
+        bonus_lots = [lot for lot in lots if lot.kind == "bonus" and lot.unit == bonus_unit]
+        bonus = sum(lot.granted for lot in bonus_lots)
+        found |= _filled(bonus_lots, bonus * clawed // paid if paid else 0)
     return found
 
 
-def parts_of(state: PartitionState, payment: str, account: str) -> list[Part]:
-    """The lots granted for a payment, oldest first. All of them were read when the payment was."""
-    found = state.accounts.get(account)
-    wallets = {} if found is None else found.wallets
-    lots = [
-        (lot, wallet)
-        for wallet in wallets.values()
-        for lot in wallet.lots.values()
-        if lot.reference == payment and payment_of(lot.kind, lot.reference) is not None
-    ]
-    return [
-        Part(
-            source=Source(lot.id, lot.kind, wallet),
-            granted=lot.granted,
-            available=lot.available,
-            held=lot.held,
-            clawed=lot.clawed,
-            clawed_spent=lot.clawed_spent,
-            pending=lot.pending,
-        )
-        for lot, wallet in sorted(lots, key=lambda each: each[0].age)
-    ]
+def wanted_frozen(lots: Sequence[Lot], clawed: Mapping[str, int], *, unit: str | None, disputed: int) -> dict[str, int]:
+    """What open claims freeze of each lot, if it is left: min(paid - clawed, disputed), and of no bonus."""
+    found = dict.fromkeys((lot.id for lot in lots), 0)
+    for lot in _paid(lots, unit):
+        found[lot.id] = min(lot.granted - clawed[lot.id], disputed)
+        disputed -= found[lot.id]
+    return found
 
 
-def claim(parts: Sequence[Part], clawing: Clawing, *, unit: str | None, claimed: int) -> list[Move]:
-    """Take what is missing of each lot, give back what is too much."""
-    target = wanted(parts, unit=unit, claimed=claimed)
-    due = {part.lot: target.get(part.lot, 0) - part.clawed - part.pending for part in parts}
-    moves: list[Move] = []
-    restored: list[tuple[Part, int]] = []
-    for part in parts:
-        if due[part.lot] > 0:
-            moves += _take(part, clawing, due[part.lot], list(moves))
-        elif due[part.lot] < 0:
-            # In the reverse order of taking, so that nothing tells afterwards that it was ever taken.
-            back = -due[part.lot]
-            cancelled = _cancel(part, clawing, back)
-            moves += cancelled
-            back -= sum(move.posted for move in cancelled if move.lot is not None)
-            not_taken = min(back, part.pending)
-            restored.append((part, back - not_taken))
-            moves += _restore(part, clawing, back - not_taken, not_taken)
-    for part, amount in restored:
-        # As any money that comes in; but what claims on this payment made owed stays what they come to.
-        moves += repayments(
-            part.wallet,
-            lot=part.lot,
-            lot_kind=part.source.kind,
-            amount=amount,
-            owed=debts_after(part.wallet, moves, but_of=clawing.payment),
-            occurred_at=clawing.occurred_at,
-        )
-    return moves
+def claimed_payment(attempt: Attempt, lot: Lot) -> Payment | None:
+    """The payment that a lot was granted for, itself or the lot it came of, if there are claims on it."""
+    reference = payment_of(lot.kind, lot.reference)
+    if reference is None or not attempt.is_claimed(reference):
+        return None
+    lots = {each.id: each for each in attempt.referring(reference, lot.account) if each.kind == lot.kind}
+    first = lot
+    while first.origin is not None and first.origin in lots:
+        first = lots[first.origin]
+    payment = None if first.origin is not None else attempt.payment(reference, first.account)
+    return payment if payment is not None and payment.claims else None
 
 
 def claw_released(
@@ -170,24 +102,38 @@ def claw_released(
     occurred_at: datetime,
     new_lots: Iterator[str],
 ) -> list[Move]:
-    """What is pending on lots that `moves` have freed of a hold: released it is taken, charged it is owed."""
+    """What is pending on lots that `moves` have freed of a hold: released it is taken, or frozen; charged it is owed.
+
+    What `moves` put back into a lot, an estimate, is taken rather than owed in its stead.
+    """
     freed = dict.fromkeys(
-        (move.account, move.unit, move.lot) for move in moves if move.held < 0 and move.unit and move.lot
+        (move.account, move.unit, move.lot)
+        for move in moves
+        if (move.held < 0 or move.posted > 0) and move.unit and move.lot
     )
     found: list[Move] = []
     for account, unit, lot_id in freed:
         wallet = state.accounts[account].wallets[unit]
-        lot = wallet.lots[lot_id]
-        if not lot.pending or lot.reference is None:
+        lot = wallet.lots.get(lot_id)
+        if lot is None or lot.reference is None or not (lot.pending or lot.pending_frozen or lot.clawed_spent):
             continue
         held = lot.held + sum(move.held for move in moves if move.lot == lot.id)
         available = lot.posted + sum(move.posted for move in moves if move.lot == lot.id) - held - lot.frozen
         at_once = min(lot.pending, available)
         spent = max(0, lot.pending - at_once - held)
-        clawing = Clawing(payment=lot.reference, units=units, occurred_at=occurred_at, new_lots=new_lots)
-        found += _clawed_back(
-            Source(lot.id, lot.kind, wallet), clawing, at_once=at_once, spent=spent, hold=hold, before=[*moves, *found]
-        )
+        left_pending = lot.pending - at_once - spent
+        clawing = _Clawing(lot, units, lot.reference, occurred_at)
+        in_stead = _in_stead(wallet, units, [*moves, *found], new_lots) if spent else None
+        found += clawing.clawed_back(at_once=at_once, spent=spent, in_stead=in_stead, hold=hold)
+        available -= at_once
+        for put_back in _put_back(wallet, lot, units, min(available, lot.clawed_spent)):
+            available -= put_back[1]
+            found += clawing.clawed_back(at_once=put_back[1])
+            found += clawing.given_back([put_back])
+        frozen = min(lot.pending_frozen, available)
+        dropped = max(0, lot.pending_frozen - frozen - (held - left_pending))
+        if frozen or dropped:
+            found.append(clawing.frozen(frozen, pending=-dropped, hold=hold))
     return found
 
 
@@ -199,91 +145,344 @@ def is_unchanged(payment: Payment | None, claim: str, *, revision: int, content:
     return revision < known.revision or content == (known.reason, known.state, known.claimed)
 
 
-def _filled(parts: Sequence[Part], amount: int) -> dict[str, int]:
-    """An amount on lots, the first filled first."""
-    found = {}
-    for part in parts:
-        found[part.lot] = min(part.granted, amount)
-        amount -= found[part.lot]
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """A lot that was granted for a payment, and what became of it, the newest first; and what of each was spent."""
+
+    first: Lot
+    members: tuple[Lot, ...]
+    spent: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Share:
+    """What claims are to have of a lot: of what was there, in its stead, as its holds end, and frozen."""
+
+    lot: Lot
+    taken: int
+    spent: int
+    pending: int
+    frozen: int
+    pending_frozen: int
+
+    @property
+    def back(self) -> int:
+        """How much of what they have of the lot itself is too much."""
+        return max(0, _taken(self.lot) - self.taken) + max(0, self.lot.frozen - self.frozen)
+
+
+def _families(attempt: Attempt, payment: Payment) -> list[_Family]:
+    """The lots granted for a payment, oldest first, each with those that came of it in the tree."""
+    lots = [lot for lot in attempt.referring(payment.id, payment.account) if lot.kind in {"purchase", "bonus"}]
+    came_of: defaultdict[str, list[Lot]] = defaultdict(list)
+    for lot in lots:
+        if lot.origin is not None:
+            came_of[lot.origin].append(lot)
+    found = []
+    for first in sorted(lots, key=_age):
+        if first.origin is not None or first.account != payment.account:
+            continue
+        members = [first]
+        for member in members:
+            members += came_of[member.id]
+        members.sort(key=_age, reverse=True)
+        spent = tuple(
+            member.granted
+            - sum(lot.granted for lot in came_of[member.id])
+            - member.posted
+            - _taken(member)
+            - _gone(member)
+            for member in members
+        )
+        found.append(_Family(first, tuple(members), spent))
     return found
 
 
-def _take(part: Part, clawing: Clawing, due: int, before: Sequence[Move]) -> Iterator[Move]:
-    at_once = min(due, part.available)
-    pending = min(due - at_once, part.held - part.pending)
-    spent = due - at_once - pending
-    return _clawed_back(part.source, clawing, at_once=at_once, pending=pending, spent=spent, before=before)
+def _shares(family: _Family, clawed: int, frozen: int) -> list[_Share]:
+    """Share out among a lot and what became of it.
+
+    As if nothing had been taken yet: of what is left, then of what expired or was voided and would not have if it had
+    been taken in time, then of what is held; the rest was spent.
+    """
+    there = [member.posted - member.held + _taken(member) for member in family.members]
+    gone = [_gone(member) for member in family.members]
+    held = [member.held for member in family.members]
+    of_there, left = _fill(there, clawed)
+    of_gone, left = _fill(gone, left)
+    pending, left = _fill(held, left)
+    spent, left = _fill(family.spent, left)
+    spent[-1] += left
+    frozen_there, left = _fill(_less(there, of_there), frozen)
+    frozen_gone, left = _fill(_less(gone, of_gone), left)
+    pending_frozen, _ = _fill(_less(held, pending), left)
+    return [
+        _Share(
+            lot=member,
+            taken=of_there[number] + of_gone[number],
+            spent=spent[number],
+            pending=pending[number],
+            frozen=frozen_there[number] + frozen_gone[number],
+            pending_frozen=pending_frozen[number],
+        )
+        for number, member in enumerate(family.members)
+    ]
 
 
-def _clawed_back(
-    source: Source,
-    clawing: Clawing,
-    *,
-    at_once: int,
-    spent: int,
-    before: Sequence[Move],
-    pending: int = 0,
-    hold: str | None = None,
-) -> Iterator[Move]:
-    """Take of a lot, note what is pending on it, take what was spent in its stead."""
-    if at_once or pending:
-        yield clawing.move("clawed_back", source, posted=-at_once, pending=pending, hold=hold)
-    if spent:
-        in_stead = _in_stead(source.wallet, clawing, before)
-        yield clawing.move("clawed_back", source, posted=-spent, in_stead=in_stead, hold=hold)
-    if at_once or spent:
-        yield clawing.contra("clawed_back", source, posted=at_once + spent)
+class _Settling:
+    """The moves from what claims have of lots to what they are to have."""
+
+    def __init__(self, attempt: Attempt, payment: str, occurred_at: datetime) -> None:
+        self._attempt = attempt
+        self._payment = payment
+        self._occurred_at = occurred_at
+
+    def unfreeze(self, share: _Share) -> None:
+        """Freeze no longer what is too much."""
+        frozen = min(0, share.frozen - share.lot.frozen)
+        pending = min(0, share.pending_frozen - share.lot.pending_frozen)
+        if frozen or pending:
+            self._attempt.do(self._clawing(share.lot).frozen(frozen, pending=pending))
+
+    def give_back(self, share: _Share) -> list[Back]:
+        """Owe no longer in the lot's stead, and give back to the lot, what is too much. Who had repaid it gets it."""
+        lot, clawing = share.lot, self._clawing(share.lot)
+        got = []
+        for (in_stead, cancelled), backs in self._cancelled(lot, max(0, lot.clawed_spent - share.spent)):
+            got += backs
+            self._attempt.do(*clawing.given_back([(in_stead, cancelled)]))
+        posted = max(0, _taken(lot) - share.taken)
+        pending = min(0, share.pending - lot.pending)
+        if posted or pending:
+            self._attempt.do(*clawing.given_back([((lot.id, lot.kind), posted)], pending=pending))
+        return got
+
+    def take(self, share: _Share) -> None:
+        """Take and freeze what is missing."""
+        lot, clawing = share.lot, self._clawing(share.lot)
+        at_once = max(0, share.taken - _taken(lot))
+        spent = max(0, share.spent - lot.clawed_spent)
+        pending = max(0, share.pending - lot.pending)
+        frozen = max(0, share.frozen - lot.frozen)
+        pending_frozen = max(0, share.pending_frozen - lot.pending_frozen)
+        self._revive(lot, at_once + frozen - lot.available)
+        wallet = self._attempt.wallet_of(lot)
+        new_lots = iter(self._attempt.new_lot, "")
+        in_stead = _in_stead(wallet, self._attempt.units, (), new_lots) if spent else None
+        self._attempt.do(*clawing.clawed_back(at_once=at_once, pending=pending, spent=spent, in_stead=in_stead))
+        if frozen or pending_frozen:
+            self._attempt.do(clawing.frozen(frozen, pending=pending_frozen))
+
+    def leave(self, lot: Lot, amount: int) -> None:
+        """What is the lot's again expires if it would have, or is voided; else it repays, as any money that comes in.
+
+        But what claims on this payment made owed stays what they come to.
+        """
+        if amount <= 0:
+            return
+        at = self._attempt.place.recorded_at
+        gone = released_moves(lot, amount, units=self._attempt.units, occurred_at=at)
+        self._attempt.do(*gone)
+        if not gone:
+            repay(self._attempt, lot, amount, occurred_at=self._occurred_at, but_of=self._payment)
+
+    def _clawing(self, lot: Lot) -> "_Clawing":
+        return _Clawing(lot, self._attempt.units, self._payment, self._occurred_at)
+
+    def _cancelled(self, lot: Lot, amount: int) -> Iterator[tuple[tuple[InStead, int], list[Back]]]:
+        """What is owed or counted in a lot's stead, up to an amount: first what still is, then what was repaid."""
+        wallet = self._attempt.wallet_of(lot)
+        left = amount
+        for in_stead, part in _put_back(wallet, lot, self._attempt.units, amount):
+            left -= part
+            yield (in_stead, part), []
+        for debt in _debts_in_stead(wallet, lot):
+            part = min(left, sum(debt.repaid.values()))
+            if part > 0:
+                left -= part
+                backs = unrepay(self._attempt, debt, part, occurred_at=self._occurred_at)
+                yield ((debt.id, debt.kind), part), backs
+
+    def _revive(self, lot: Lot, amount: int) -> None:
+        """Undo that so much expired, or was voided: it is taken or frozen instead."""
+        unit = self._attempt.units.by_name[lot.unit]
+        at = self._attempt.place.recorded_at
+        expired = min(amount, lot.expired)
+        voided = min(amount - expired, lot.voided)
+        amounts: tuple[tuple[Kind, int], ...] = (("lot_revived", expired), ("lot_voided", voided))
+        for kind, posted in amounts:
+            if posted <= 0:
+                continue
+            self._attempt.do(
+                Move(
+                    kind=kind,
+                    account=lot.account,
+                    occurred_at=at,
+                    unit=lot.unit,
+                    lot=lot.id,
+                    lot_kind=lot.kind,
+                    posted=posted,
+                    details=LotVoided() if kind == "lot_voided" else None,
+                ),
+                contra_move(
+                    kind,
+                    "@expired" if kind == "lot_revived" else granted_by(lot.kind),
+                    account=lot.account,
+                    unit=unit,
+                    posted=-posted,
+                    occurred_at=at,
+                ),
+            )
 
 
-def _cancel(part: Part, clawing: Clawing, back: int) -> list[Move]:
-    """Owe or count no longer what was taken in the lot's stead, the latest first. What was repaid meanwhile is not."""
-    left = min(back, part.clawed_spent)
-    moves: list[Move] = []
-    for in_stead, outstanding in _taken_in_stead(part, clawing):
-        cancelled = min(left, outstanding)
-        if cancelled > 0:
-            left -= cancelled
-            moves.append(clawing.move("given_back", part.source, posted=cancelled, in_stead=in_stead))
-    total = sum(move.posted for move in moves)
-    if total:
-        moves.append(clawing.contra("given_back", part.source, posted=-total))
-    return moves
+@dataclass(frozen=True, slots=True)
+class _Clawing:
+    """The moves of claims on a lot of a payment."""
+
+    lot: Lot
+    units: Units
+    payment: str
+    occurred_at: datetime
+
+    def clawed_back(
+        self,
+        *,
+        at_once: int = 0,
+        pending: int = 0,
+        spent: int = 0,
+        in_stead: InStead | None = None,
+        hold: str | None = None,
+    ) -> Iterator[Move]:
+        """Take of the lot, note what is pending on it, take what was spent in its stead."""
+        if at_once or pending:
+            yield self._move("clawed_back", posted=-at_once, pending=pending, hold=hold)
+        if spent:
+            yield self._move("clawed_back", posted=-spent, in_stead=in_stead, hold=hold)
+        if at_once or spent:
+            yield self._contra("clawed_back", posted=at_once + spent)
+
+    def given_back(self, amounts: Iterable[tuple[InStead, int]], *, pending: int = 0) -> Iterator[Move]:
+        """Give back to the lot, or to what stands in its stead."""
+        total = 0
+        for to, posted in amounts:
+            total += posted
+            yield self._move("given_back", posted=posted, in_stead=to, pending=pending)
+        if total:
+            yield self._contra("given_back", posted=-total)
+
+    def frozen(self, frozen: int, *, pending: int = 0, hold: str | None = None) -> Move:
+        """Freeze of the lot, or no longer, and note what is to be frozen of it as holds of it end."""
+        return Move(
+            kind="claim_frozen",
+            account=self.lot.account,
+            occurred_at=self.occurred_at,
+            unit=self.lot.unit,
+            lot=self.lot.id,
+            lot_kind=self.lot.kind,
+            hold=hold,
+            frozen=frozen,
+            details=ClaimFrozen(self.payment, pending),
+        )
+
+    def _move(
+        self, kind: Kind, *, posted: int, in_stead: InStead | None = None, pending: int = 0, hold: str | None = None
+    ) -> Move:
+        lot, lot_kind = in_stead or (self.lot.id, self.lot.kind)
+        return Move(
+            kind=kind,
+            account=self.lot.account,
+            occurred_at=self.occurred_at,
+            unit=self.lot.unit,
+            lot=lot,
+            lot_kind=lot_kind,
+            hold=hold,
+            posted=posted,
+            details=ClawedBack(self.payment, self.lot.id, pending),
+        )
+
+    def _contra(self, kind: Kind, *, posted: int) -> Move:
+        """The other side: whence the lot had come."""
+        return contra_move(
+            kind,
+            granted_by(self.lot.kind),
+            account=self.lot.account,
+            unit=self.units.by_name[self.lot.unit],
+            posted=posted,
+            occurred_at=self.occurred_at,
+        )
 
 
-def _taken_in_stead(part: Part, clawing: Clawing) -> list[tuple[InStead, int]]:
-    """What is still owed, or counted as overage, in a lot's stead."""
-    unit = clawing.units.by_name[part.wallet.unit]
-    match unit.kind:
-        case "money":
-            debts = [debt for debt in part.wallet.debts() if debt.origin == part.lot]
-            return [((debt.id, debt.kind), -debt.posted) for debt in reversed(debts)]
-        case "cap":
-            overage = part.wallet.overage_lot()
-            return [] if overage is None else [((overage.id, overage.kind), -overage.posted)]
-        case _:
-            assert_never(unit.kind)
-
-
-def _restore(part: Part, clawing: Clawing, amount: int, not_taken: int) -> Iterator[Move]:
-    """Give back to the lot; what was repaid of its debt, too: whoever repaid it has paid this lot's use."""
-    if amount or not_taken:
-        yield clawing.move("given_back", part.source, posted=amount, pending=-not_taken)
-    if amount:
-        yield clawing.contra("given_back", part.source, posted=-amount)
-
-
-def _in_stead(wallet: Wallet, clawing: Clawing, before: Sequence[Move]) -> InStead:
+def _in_stead(wallet: Wallet, units: Units, before: Sequence[Move], new_lots: Iterator[str]) -> InStead:
     """Where what was spent is taken instead: a new debt; of a cap the wallet's overage."""
-    unit = clawing.units.by_name[wallet.unit]
+    unit = units.by_name[wallet.unit]
     match unit.kind:
         case "money":
-            return next(clawing.new_lots), "debt"
+            return next(new_lots), "debt"
         case "cap":
             overage = wallet.overage_lot()
             if overage is not None:
                 return overage.id, "overage"
-            of_wallet = (move for move in before if (move.account, move.unit) == (wallet.account, wallet.unit))
-            made = (move.lot for move in of_wallet if move.lot_kind == "overage")
-            return next(made, None) or next(clawing.new_lots), "overage"
+            of_wallet = [move for move in before if (move.account, move.unit) == (wallet.account, wallet.unit)]
+            of_periods = {move.lot for move in of_wallet if move.kind == "lot_opened"} | wallet.lots.keys()
+            made = (move.lot for move in of_wallet if move.lot_kind == "overage" and move.lot not in of_periods)
+            return next(made, None) or next(new_lots), "overage"
         case _:
             assert_never(unit.kind)
+
+
+def _put_back(wallet: Wallet, lot: Lot, units: Units, amount: int) -> list[tuple[InStead, int]]:
+    """What is still owed, or counted as overage, in a lot's stead, up to an amount, the newest first."""
+    unit = units.by_name[wallet.unit]
+    match unit.kind:
+        case "money":
+            in_stead = _debts_in_stead(wallet, lot)
+        case "cap":
+            overage = wallet.overage_lot()
+            in_stead = [] if overage is None else [overage]
+        case _:
+            assert_never(unit.kind)
+    parts, _ = _fill([-each.posted for each in in_stead], amount)
+    return [((each.id, each.kind), part) for each, part in zip(in_stead, parts, strict=True) if part]
+
+
+def _debts_in_stead(wallet: Wallet, lot: Lot) -> list[Lot]:
+    """The debts that were made in a lot's stead, the newest first."""
+    debts = (each for each in wallet.lots.values() if each.kind == "debt" and each.origin == lot.id)
+    return sorted(debts, key=_age, reverse=True)
+
+
+def _paid(lots: Iterable[Lot], unit: str | None) -> list[Lot]:
+    return [lot for lot in lots if lot.kind == "purchase" and lot.unit == unit]
+
+
+def _filled(lots: Sequence[Lot], amount: int) -> dict[str, int]:
+    """An amount on lots, the first filled first."""
+    parts, _ = _fill([lot.granted for lot in lots], amount)
+    return {lot.id: part for lot, part in zip(lots, parts, strict=True)}
+
+
+def _fill(rooms: Iterable[int], amount: int) -> tuple[list[int], int]:
+    """An amount shared out, the first filled first; and what is left of it."""
+    parts = []
+    for room in rooms:
+        part = max(0, min(room, amount))
+        amount -= part
+        parts.append(part)
+    return parts, amount
+
+
+def _less(amounts: Iterable[int], others: Iterable[int]) -> list[int]:
+    return [amount - other for amount, other in zip(amounts, others, strict=True)]
+
+
+def _taken(lot: Lot) -> int:
+    """What claims took of the lot itself."""
+    return lot.clawed - lot.clawed_spent
+
+
+def _gone(lot: Lot) -> int:
+    """What of a lot is neither there nor was used by anybody."""
+    return lot.expired + lot.voided
+
+
+def _age(lot: Lot) -> tuple[int, int]:
+    return lot.age

@@ -1,21 +1,25 @@
 """One batch of one partition while it is being decided: entries get their places, and the state follows them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
+from itertools import chain
 from typing import Final
 
 import msgspec
 
 from contracts.ids import derived_uuid7
+from contracts.money import AMOUNT_MAX
 from services.ledger.domain.chain import details_text, entry_hash
-from services.ledger.domain.decide import Place
+from services.ledger.domain.concerned import Place
 from services.ledger.domain.entries import Details, Entry, Move
 from services.ledger.domain.evolve import evolve
 from services.ledger.domain.state import PartitionState
 
 _TICK: Final = timedelta(microseconds=1)
+# What one entry may sum up to: well inside a bigint.
+SUM_MAX: Final = 4 * AMOUNT_MAX
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +44,15 @@ class Recorded:
     hash: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Where a draft stood when it began to try something out."""
+
+    state: PartitionState
+    entries: int
+    outbox_number: int
+
+
 class Draft:
     """The entries of a batch, in order. They have been added to `state` already: it is lost if the batch is."""
 
@@ -55,6 +68,28 @@ class Draft:
     def begin(self) -> "Transaction":
         """The next transaction. One that adds nothing has never been."""
         return Transaction(self, self._entries)
+
+    @property
+    def entries(self) -> int:
+        """How many there are."""
+        return len(self._entries)
+
+    def fork(self, *, accounts: Iterable[str], holds: Iterable[str]) -> Fork:
+        """Go on with copies of these accounts and holds, until `join` or `drop` of what it returns. May be nested."""
+        fork = Fork(self.state, len(self._entries), self.outbox_number)
+        self.state = fork.state.fork(accounts=accounts, holds=holds)
+        return fork
+
+    def join(self, fork: Fork) -> None:
+        """What was tried out holds."""
+        fork.state.join(self.state)
+        self.state = fork.state
+
+    def drop(self, fork: Fork) -> None:
+        """What was tried out has never been."""
+        del self._entries[fork.entries :]
+        self.outbox_number = fork.outbox_number
+        self.state = fork.state
 
     def next_outbox_number(self) -> int:
         """The number of the next fact."""
@@ -89,6 +124,8 @@ class Transaction:
         self._entries = entries
         self._begin = len(entries)
         self._sums: dict[tuple[object, ...], _Sum] = {}
+        # Those to which nothing can be added any more.
+        self._full: list[_Sum] = []
 
     @cached_property
     def id(self) -> str:
@@ -112,6 +149,20 @@ class Transaction:
             recorded_at=self._draft.recorded_at,
         )
 
+    @property
+    def position(self) -> int:
+        """That of its first entry."""
+        return self._begin + 1
+
+    def wallets(self) -> dict[tuple[str, str], None]:
+        """The wallets that its entries are about, by account and unit, each once."""
+        found: dict[tuple[str, str], None] = {}
+        for place in range(self._begin, len(self._entries)):
+            entry = self._entries[place]
+            if entry.unit is not None and not entry.account.startswith("@"):
+                found[entry.account, entry.unit] = None
+        return found
+
     def record(self, moves: Sequence[Move]) -> None:
         """Add moves, each as an entry of its own."""
         for move in moves:
@@ -122,6 +173,7 @@ class Transaction:
     def record_summed(self, moves: Sequence[Move]) -> int:
         """Add moves; those that differ in amounts only, and occurred within the same minute, become one entry.
 
+        Or more than one, if they are more than one can hold.
         The position of the entry that the first of them is part of.
         """
         first = 0
@@ -130,6 +182,9 @@ class Transaction:
             minute = None if contra else move.occurred_at.replace(second=0, microsecond=0)
             key = (move.kind, move.account, move.unit, move.lot, move.hold, minute, move.details)
             found = self._sums.get(key)
+            if found is not None and not found.has_room(move):
+                self._full.append(found)
+                found = None
             if found is None:
                 entry = self._entry(move, len(self._entries) + 1)
                 self._sums[key] = _Sum(entry, move.posted, move.held, move.frozen)
@@ -144,14 +199,18 @@ class Transaction:
         return first
 
     def finish(self, details: Details) -> None:
-        """Enter the sums, and put what concerns the whole transaction on its first entry."""
-        for found in self._sums.values():
+        """Enter the sums, and put what concerns the whole transaction on its first entry that has no details."""
+        for found in chain(self._full, self._sums.values()):
             entry = found.entry
             if (entry.posted, entry.held, entry.frozen) != (found.posted, found.held, found.frozen):
                 self._entries[entry.position - 1] = msgspec.structs.replace(
                     entry, posted=found.posted, held=found.held, frozen=found.frozen
                 )
-        self._entries[self._begin] = msgspec.structs.replace(self._entries[self._begin], details=details)
+        for place in range(self._begin, len(self._entries)):
+            if self._entries[place].details is None:
+                self._entries[place] = msgspec.structs.replace(self._entries[place], details=details)
+                return
+        raise ValueError(f"no entry of transaction {self.id} is without details")
 
     def _entry(self, move: Move, position: int) -> Entry:
         return Entry(
@@ -179,3 +238,10 @@ class _Sum:
     posted: int
     held: int
     frozen: int
+
+    def has_room(self, move: Move) -> bool:
+        return (
+            -SUM_MAX <= self.posted + move.posted <= SUM_MAX
+            and -SUM_MAX <= self.held + move.held <= SUM_MAX
+            and -SUM_MAX <= self.frozen + move.frozen <= SUM_MAX
+        )

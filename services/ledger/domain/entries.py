@@ -2,53 +2,112 @@
 
 import re
 from datetime import datetime
-from typing import Final, Literal, assert_never
+from typing import Final, Literal, assert_never, get_args
 
 import msgspec
 
 from contracts.money import Unit
-from services.ledger.domain.commands import ClaimReason, ClaimState, GrantedKind, Overdue, Policy
+from services.ledger.domain.commands import (
+    ClaimReason,
+    ClaimState,
+    GrantedKind,
+    LotScope,
+    Overdue,
+    Policy,
+    Rule,
+    Scope,
+    Threshold,
+)
 
 Kind = Literal[
     "account_opened",
     "wallet_opened",
+    "wallet_set",
+    "rule_set",
+    "rule_ended",
     "lot_granted",
+    "lot_opened",
+    "lot_expired",
+    "lot_revived",
+    "lot_voided",
     "debt_repaid",
     "hold_placed",
+    "hold_extended",
     "hold_released",
+    "hold_expired",
     "hold_settled",
+    "hold_estimated",
+    "estimate_reversed",
     "charged",
+    "reversed",
+    "adjusted",
+    "transferred",
     "payment_claimed",
     "clawed_back",
     "given_back",
+    "claim_frozen",
+    "balance_crossed",
 ]
-# debt: charged or clawed back beyond the money that was there; the next grant repays it. overage: the same of a cap,
-# never owed.
-LotKind = Literal[GrantedKind, "debt", "overage"]
-Contra = Literal["@usage", "@stripe", "@plan", "@promo", "@adjustment"]
+# Pseudo-lots, made by what is beyond what is there. debt: of money, owed; the next grant repays it. overage: of a cap,
+# of its period, never owed. uncapped: what was counted while the wallet was unlimited, never owed.
+PseudoKind = Literal["debt", "overage", "uncapped"]
+LotKind = Literal[GrantedKind, PseudoKind]
+Contra = Literal["@usage", "@stripe", "@plan", "@promo", "@expired", "@adjustment"]
+PSEUDO_KINDS: Final[frozenset[str]] = frozenset(get_args(PseudoKind))
+# What counts, but is nothing the wallet has or owes: not in its posted and held.
+ASIDE_KINDS: Final[frozenset[str]] = frozenset({"overage", "uncapped"})
 
 
 class WalletOpened(msgspec.Struct, frozen=True, tag="wallet_opened", omit_defaults=True):
-    """How a wallet treats what it has not got. `overdraft`: how far below zero holds may take it."""
+    """The terms of a wallet, from now on. Of `wallet_opened` and `wallet_set`."""
 
     policy: Policy
     overdraft: int = 0
+    thresholds: tuple[Threshold, ...] = ()
+
+
+class RuleSet(msgspec.Struct, frozen=True, tag="rule_set"):
+    """A recurring grant of the wallet, from now on in this form. It keeps the number of the period it is to grant."""
+
+    rule: Rule
+    next_period: int
+
+
+class RuleEnded(msgspec.Struct, frozen=True, tag="rule_ended"):
+    """A recurring grant is not renewed from the period `end_period` on. None: it is gone at once."""
+
+    rule: str
+    end_period: int | None
 
 
 class LotGranted(msgspec.Struct, frozen=True, tag="lot_granted", omit_defaults=True):
-    """What a lot is, but for its kind and its amount. Without `effective_at` it is usable at once."""
+    """What a lot is, but for its kind and its amount. Without `effective_at` it is usable at once.
+
+    Of a recurring grant: its `rule` and `period`, and what of the amount was rolled over from the period before.
+    `origin`: the lot it was transferred from, or of a debt the lot in whose stead it is owed. Also of `lot_opened`,
+    which makes a pseudo-lot, and of the `transferred` that makes the target lot.
+    """
 
     priority: int
     reference: str | None = None
     effective_at: datetime | None = None
     expires_at: datetime | None = None
-    scope: str | None = None
+    scope: LotScope | None = None
     cost_basis: str | None = None
     origin: str | None = None
+    rule: str | None = None
+    period: int | None = None
+    rolled_over: int = 0
+
+
+class LotVoided(msgspec.Struct, frozen=True, tag="lot_voided", omit_defaults=True):
+    """The lot is void: what is held of it is voided, too, as its holds end. On each entry that voids of it."""
+
+    reason: str | None = None
 
 
 class DebtRepaid(msgspec.Struct, frozen=True, tag="debt_repaid"):
-    """The two sides of a repayment name each other: the lot that paid, and the debt."""
+    """The two sides of a repayment name each other: the lot that paid, and the debt. Undone with the signs reversed."""
 
     lot: str
     debt: str
@@ -64,21 +123,44 @@ class HeldLeg(msgspec.Struct, frozen=True):
     wallets: tuple[str, ...]
 
 
-class HoldPlaced(msgspec.Struct, frozen=True, tag="hold_placed"):
-    """What a hold is. On the first entry of its transaction."""
+class HoldPlaced(msgspec.Struct, frozen=True, tag="hold_placed", omit_defaults=True):
+    """What a hold is. On the first `hold_placed` entry of its transaction."""
 
     account: str
     expires_at: datetime
     overdue: Overdue
     legs: tuple[HeldLeg, ...]
+    scope: Scope | None = None
+
+
+class HoldExtended(msgspec.Struct, frozen=True, tag="hold_extended"):
+    """A hold's new deadline, and all of its legs as they are from now on. On the first entry of its transaction."""
+
+    expires_at: datetime
+    legs: tuple[HeldLeg, ...]
 
 
 class Charged(msgspec.Struct, frozen=True, tag="charged", omit_defaults=True):
-    """How many charge lines a transaction took, and the hash over all of them. On its first entry."""
+    """How many charge lines a transaction took, and the hash over all of them. On its first entry without details."""
 
     lines: int
     lines_hash: str
     bundle: int | None = None
+
+
+class Reversed(msgspec.Struct, frozen=True, tag="reversed", omit_defaults=True):
+    """Which charge line was given back, and why. On the first entry without details of its transaction."""
+
+    source: str
+    event_id: str
+    revision: int
+    reason: str | None = None
+
+
+class Noted(msgspec.Struct, frozen=True, tag="noted", omit_defaults=True):
+    """Why an amount was adjusted or transferred."""
+
+    reason: str | None = None
 
 
 class PaymentClaimed(msgspec.Struct, frozen=True, tag="payment_claimed", omit_defaults=True):
@@ -103,7 +185,41 @@ class ClawedBack(msgspec.Struct, frozen=True, tag="clawed_back", omit_defaults=T
     pending: int = 0
 
 
-Details = WalletOpened | LotGranted | DebtRepaid | HoldPlaced | Charged | PaymentClaimed | ClawedBack
+class ClaimFrozen(msgspec.Struct, frozen=True, tag="claim_frozen", omit_defaults=True):
+    """What open claims on a payment freeze of a lot, or no longer: the entry's `frozen`, now.
+
+    `pending` is what is added to what will be frozen of the lot as holds of it end. An entry that names a hold does so.
+    """
+
+    payment: str
+    pending: int = 0
+
+
+class BalanceCrossed(msgspec.Struct, frozen=True, tag="balance_crossed", omit_defaults=True):
+    """The owner is told that the wallet is at or below a level, or above it again. No threshold: it is exhausted."""
+
+    is_low: bool
+    available: int
+    threshold: Threshold | None = None
+
+
+Details = (
+    WalletOpened
+    | RuleSet
+    | RuleEnded
+    | LotGranted
+    | LotVoided
+    | DebtRepaid
+    | HoldPlaced
+    | HoldExtended
+    | Charged
+    | Reversed
+    | Noted
+    | PaymentClaimed
+    | ClawedBack
+    | ClaimFrozen
+    | BalanceCrossed
+)
 
 
 class Move(msgspec.Struct, frozen=True, gc=False):
@@ -173,7 +289,7 @@ def granted_by(kind: LotKind) -> Contra:
             return "@stripe"
         case "adjustment":
             return "@adjustment"
-        case "debt" | "overage":
+        case "debt" | "overage" | "uncapped":
             raise ValueError(f"nobody grants a lot of kind {kind}")
         case _:
             assert_never(kind)

@@ -1,13 +1,17 @@
 """Why the ledger will not: typed, with the numbers a caller needs. A refusal changes nothing.
 
 Refusal
-├── UnknownUnit, InvalidAmount, InvalidTime      what was asked makes no sense
-├── AccountNotOpen, WalletNotOpen                nothing is there
+├── UnknownUnit, InvalidAmount, InvalidTime,
+│   InvalidRule, InvalidTransfer, InvalidTerms   what was asked makes no sense
+├── AccountNotOpen, WalletNotOpen, UnknownHold,
+│   UnknownLot, UnknownRule, UnknownCharge        nothing is there
 ├── WalletPolicyDiffers, AccountDiffers,
-│   PaymentDiffers                               it is there, and other than was said
-├── HoldExists, HoldReleased, HoldSettled        a hold begins once and ends once
-├── AlreadyCharged, ChargeDiffers                a use is charged once
-└── InsufficientFunds                            a hard wallet stays above its floor
+│   PaymentDiffers                                it is there, and other than was said
+├── HoldExists, HoldReleased, HoldSettled,
+│   HoldExpired                                   a hold begins once and ends once
+├── AlreadyCharged, ChargeDiffers                 a use is charged once
+├── MoreThanCharged                               what was charged is given back once
+└── InsufficientFunds                             a hard wallet stays above its floor
 """
 
 from dataclasses import dataclass
@@ -40,14 +44,15 @@ class InvalidAmount:
 
 @dataclass(frozen=True, slots=True)
 class InvalidTime:
-    """Something is said to have happened later than now."""
+    """Something happened later than now, or ends before it begins, or has ended; `reason` is a clause."""
 
     code: ClassVar = "invalid_time"
     occurred_at: datetime
     recorded_at: datetime
+    reason: str = "is later than now"
 
     def __str__(self) -> str:
-        return f"{self.occurred_at.isoformat()} is later than now, {self.recorded_at.isoformat()}"
+        return f"{self.occurred_at.isoformat()} {self.reason}, {self.recorded_at.isoformat()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +189,115 @@ class InsufficientFunds:
         return f"the {self.unit} wallet of {self.account} has not got what is required"
 
 
+@dataclass(frozen=True, slots=True)
+class InvalidRule:
+    """A recurring grant that cannot be meant; `reason` is a clause."""
+
+    code: ClassVar = "invalid_rule"
+    rule: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"rule {self.rule}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidTerms:
+    """Terms of a wallet that cannot be meant; `reason` is a clause."""
+
+    code: ClassVar = "invalid_terms"
+    unit: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.unit}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidTransfer:
+    """A transfer that cannot be meant; `reason` is a clause."""
+
+    code: ClassVar = "invalid_transfer"
+    account: str
+    to_account: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.account} to {self.to_account}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownHold:
+    """There has never been such a hold."""
+
+    code: ClassVar = "unknown_hold"
+    hold: str
+
+    def __str__(self) -> str:
+        return f"there is no hold {self.hold}"
+
+
+@dataclass(frozen=True, slots=True)
+class HoldExpired:
+    """The hold is past its deadline, and ends or has ended as it says itself."""
+
+    code: ClassVar = "hold_expired"
+    hold: str
+
+    def __str__(self) -> str:
+        return f"the hold {self.hold} is past its deadline"
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownLot:
+    """The account has no such lot, or nothing is left of it."""
+
+    code: ClassVar = "unknown_lot"
+    lot: str
+    account: str
+
+    def __str__(self) -> str:
+        return f"the account {self.account} has no lot {self.lot} of which anything is left"
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownRule:
+    """The account has no such recurring grant."""
+
+    code: ClassVar = "unknown_rule"
+    rule: str
+    account: str
+
+    def __str__(self) -> str:
+        return f"the account {self.account} has no rule {self.rule}"
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownCharge:
+    """No such line was charged to the account."""
+
+    code: ClassVar = "unknown_charge"
+    source: str
+    event_id: str
+    revision: int
+
+    def __str__(self) -> str:
+        return f"{self.source} {self.event_id} revision {self.revision} has not been charged to this account"
+
+
+@dataclass(frozen=True, slots=True)
+class MoreThanCharged:
+    """More is to be given back than the line took and has not been given back yet. Amounts in the unit's steps."""
+
+    code: ClassVar = "more_than_charged"
+    unit: str
+    required: int
+    remaining: int
+
+    def __str__(self) -> str:
+        return f"less {self.unit} than that is left of the charge to give back"
+
+
 Refusal = (
     UnknownUnit
     | InvalidAmount
@@ -199,4 +313,13 @@ Refusal = (
     | AlreadyCharged
     | ChargeDiffers
     | InsufficientFunds
+    | InvalidRule
+    | InvalidTerms
+    | InvalidTransfer
+    | UnknownHold
+    | HoldExpired
+    | UnknownLot
+    | UnknownRule
+    | UnknownCharge
+    | MoreThanCharged
 )

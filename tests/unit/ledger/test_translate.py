@@ -1,18 +1,20 @@
 """Laws of the boundary: the fast reading of a bundle takes what the contract takes, and names what it does not."""
 
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from contracts import ledger as words
 from contracts.billing import payment_subject
-from contracts.money import Unit
+from contracts.money import Amount, Unit
 from contracts.partition import partition_of
 from contracts.streams import charges_rated_subject
 from services.kit.dead_letters import Unreadable
-from services.ledger.domain.commands import ChargeLine, ClaimPayment, Units
+from services.ledger.domain.commands import ChangePlan, ChargeLine, ClaimPayment, Grant, Units
 from services.ledger.translate import (
+    WHEN_RECORDED,
     BadLine,
     Invalid,
     UnreadableBundle,
@@ -20,6 +22,7 @@ from services.ledger.translate import (
     body_problems,
     read_bundle,
     read_command,
+    read_list,
     read_payment_fact,
     read_traceparents,
 )
@@ -29,6 +32,10 @@ UNITS = Units({"usd": Unit("usd", "money", 9), "tokens": Unit("tokens", "cap", 0
 SUBJECT = charges_rated_subject(partition_of("acme"))
 TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 HOLD = f"hold_{partition_of('acme'):02d}_01980000-0000-7000-8000-000000000000"
+
+# As they were when less could be asked.
+GRANT_HASH = "05c3303330edbb897dd390ea2334aa989fb6c21e25ef0c5b33824417d80f4d67"
+CHARGE_HASH = "749123e43f988b479f877da80bcc43374873737be57b8362656f83b65f7d538c"
 
 
 def body_of(*lines: dict[str, Any]) -> bytes:
@@ -119,7 +126,7 @@ def test_a_bundle_of_another_partition_is_unreadable() -> None:
 def test_all_problems_of_a_command_are_named() -> None:
     legs = (hold_leg("sheep", "1"), hold_leg("usd", "-2", "-1"), hold_leg("tokens", "0.5"))
     with pytest.raises(Invalid) as caught:
-        read_command(place_hold(HOLD, *legs, account="other"), UNITS)
+        read_command(place_hold(HOLD, *legs, account="other"), UNITS, principal="tester")
     assert {problem.pointer for problem in caught.value.problems} == {
         "/hold",
         "/legs/0/unit",
@@ -209,7 +216,7 @@ def test_a_claim_says_with_its_number_which_of_its_states_is_the_last() -> None:
     (claim,) = asked("claimed", CLAIMED)
     assert isinstance(claim, words.ClaimPayment)
     assert (claim.idempotency_key, claim.revision) == ("claim:re_1:7", 7)
-    read = read_command(claim, UNITS)
+    read = read_command(claim, UNITS, principal="billing")
     assert isinstance(read, ClaimPayment)
     assert (read.claimed, read.unit, read.state) == (20 * 10**9, "usd", "final")
 
@@ -222,9 +229,86 @@ def test_a_claim_says_with_its_number_which_of_its_states_is_the_last() -> None:
         ("received", CLAIMED, partition_of("acme")),
         ("received", RECEIVED, (partition_of("acme") + 1) % 64),
         ("refunded", RECEIVED, partition_of("acme")),
-        ("claimed", CLAIMED | {"state": "open"}, partition_of("acme")),
+        ("claimed", CLAIMED | {"state": "lost"}, partition_of("acme")),
     ],
 )
 def test_what_billing_cannot_have_meant_is_unreadable(verb: str, body: dict[str, Any], partition: int) -> None:
     with pytest.raises(Unreadable):
         asked(verb, body, partition=partition)
+
+
+def test_a_settlement_and_a_debit_are_charges_of_the_caller() -> None:
+    settle = words.SettleHold(
+        idempotency_key="k", hold=HOLD, account="acme", settlement="s1", amounts=(), final=False, price_version="v1"
+    )
+    line = read_command(settle, UNITS, principal="batch")
+    assert isinstance(line, ChargeLine)
+    assert (line.source, line.event_id, line.hold) == ("batch", "s1", HOLD.removeprefix("hold_62_"))
+    assert (line.final, line.required, line.scope, line.occurred_at) == (False, False, None, WHEN_RECORDED)
+    debit = words.Debit(idempotency_key="k", account="acme", debit="fee", amounts=(Amount(amount="1", unit="usd"),))
+    line = read_command(debit, UNITS, principal="batch")
+    assert isinstance(line, ChargeLine)
+    assert (line.source, line.event_id, line.hold) == ("batch", "fee", None)
+    assert (line.final, line.required, line.price_version, line.amounts) == (True, True, "", (("usd", 10**9),))
+
+
+def test_a_scope_that_names_nothing_is_none() -> None:
+    everywhere = grant().model_copy(update={"scope": words.LotScope()})
+    read = read_command(everywhere, UNITS, principal="tester")
+    assert isinstance(read, Grant)
+    assert read.scope is None
+
+
+def test_the_rules_of_a_plan_belong_to_it() -> None:
+    anchor = datetime(2026, 1, 31, tzinfo=UTC)
+    spec = words.RuleSpec(id="r", unit="tokens", amount="5", period="month", anchor=anchor)
+    asked = words.ChangePlan(idempotency_key="k", account="acme", plan="pro", rules=(spec,))
+    read = read_command(asked, UNITS, principal="tester")
+    assert isinstance(read, ChangePlan)
+    assert [(each.plan, each.amount) for each in read.rules] == [("pro", 5)]
+    with pytest.raises(ValueError, match="belong to that plan"):
+        words.ChangePlan(
+            idempotency_key="k", account="acme", plan="pro", rules=(spec.model_copy(update={"plan": "free"}),)
+        )
+
+
+def test_all_problems_of_all_commands_of_a_list_are_named() -> None:
+    asked = words.CommandList(
+        commands=(
+            grant(unit="sheep", key="1"),
+            words.Adjust(idempotency_key="2", account="acme", unit="usd", amount="-1", reason="r"),
+            words.Transfer(idempotency_key="3", account="acme", to_account="acme/ana", unit="usd", amount="0"),
+            words.VoidGrant(idempotency_key="4", account="acme", lot=HOLD.replace("hold_62", "lot_63")),
+        )
+    )
+    with pytest.raises(Invalid) as caught:
+        read_list(asked, UNITS, principal="tester")
+    assert {problem.pointer for problem in caught.value.problems} == {
+        "/commands/0/unit",
+        "/commands/2/amount",
+        "/commands/3/lot",
+    }
+
+
+def test_a_dry_run_is_of_the_same_command() -> None:
+    assert body_hash(grant()) == body_hash(grant().model_copy(update={"dry_run": True}))
+    listed = words.CommandList(commands=(grant(),), all_or_nothing=True, idempotency_key="a")
+    assert body_hash(listed) == body_hash(listed.model_copy(update={"idempotency_key": "b", "dry_run": True}))
+    assert body_hash(listed) != body_hash(listed.model_copy(update={"commands": (grant(key="other"),)}))
+
+
+def test_what_was_asked_before_there_was_more_to_ask_has_the_hash_it_had() -> None:
+    """Hashes of outcomes that are stored: with another, what was accepted once would be a conflict."""
+    assert body_hash(grant()).hex() == GRANT_HASH
+    charged = words.Charge(idempotency_key="k", line=charge_line("e1", usd="1", hold=HOLD))
+    assert body_hash(charged).hex() == CHARGE_HASH
+
+
+def test_what_a_line_leaves_open_is_read_the_same_fast_and_slowly() -> None:
+    line = as_json(final=False)
+    (fast,) = read_bundle(SUBJECT, body_of(line), UNITS).lines
+    slow, _ = read_bundle(SUBJECT, body_of(line, {"x": "\x00"}), UNITS).lines
+    assert isinstance(fast, ChargeLine)
+    assert fast == slow
+    assert not fast.final
+    assert b"final" not in charges_rated(charge_line()).model_dump_json().encode()
