@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, BinaryIO, Final, Self
 
 import httpx2
 
@@ -54,17 +54,35 @@ class ServiceApi:
         """The answer to a command."""
         return self._answer("POST", path, params=query, json=body, headers=headers)
 
+    def stream(self, path: str, query: Query, to: BinaryIO) -> None:
+        """Write an answer as it comes. What was cut off is an error."""
+        try:
+            with self.client.stream("GET", self.url + path, params=query) as response:
+                if response.is_success:
+                    for part in response.iter_bytes():
+                        to.write(part)
+                    return
+                response.read()
+                answer: Json = response.json()
+        except (httpx2.HTTPError, ValueError) as error:
+            raise self._away(error) from error
+        raise self._refused(response.status_code, answer)
+
     def _answer(self, method: str, path: str, **options: Any) -> Json:
         try:
             response = self.client.request(method, self.url + path, **options)
             answer: Json = response.json()
         except (httpx2.HTTPError, ValueError) as error:
-            raise StackError(
-                f"{self.service.capitalize()} does not answer at {self.url} ({type(error).__name__})."
-            ) from error
+            raise self._away(error) from error
         if response.is_success:
             return answer
+        raise self._refused(response.status_code, answer)
+
+    def _away(self, error: Exception) -> StackError:
+        return StackError(f"{self.service.capitalize()} does not answer at {self.url} ({type(error).__name__}).")
+
+    def _refused(self, status: int, answer: Json) -> StackError:
         problems = [f"{each.get('pointer', '')} {each.get('detail', '')}" for each in answer.get("errors", [])]
-        why = "; ".join(problems) or answer.get("detail", response.status_code)
-        kind = NotFound if response.status_code == httpx2.codes.NOT_FOUND else StackError
-        raise kind(f"{self.service.capitalize()} refuses: {why}")
+        why = "; ".join(problems) or answer.get("detail", status)
+        kind = NotFound if status == httpx2.codes.NOT_FOUND else StackError
+        return kind(f"{self.service.capitalize()} refuses: {why}")

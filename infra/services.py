@@ -16,6 +16,9 @@ from infra.state import Credentials, Layout
 OPENAI_KEY_VARIABLE: Final = "SCRIP_OPENAI_API_KEY"
 STRIPE_KEY_VARIABLE: Final = "SCRIP_STRIPE_API_KEY"
 
+# A private key in PEM form, instead of the file that is made at the first start.
+SIGNING_KEY_VARIABLE: Final = "SCRIP_LEDGER_SIGNING_KEY"
+
 OPENAI_URL: Final = "https://api.openai.com/v1"
 
 # Accepted by the simulators, and by nobody else.
@@ -74,6 +77,11 @@ def _gateway(around: Surroundings) -> dict[str, str]:
     }
 
 
+def _ledger(around: Surroundings) -> dict[str, str]:
+    # A key in the environment is inherited, and is used instead.
+    return {"SCRIP_LEDGER_SIGNING_KEY_FILE": str(around.layout.ledger_signing_key_file)}
+
+
 def _keyvault(around: Surroundings) -> dict[str, str]:
     return {"SCRIP_KEYRING_FILE": str(around.layout.keyring_file)}
 
@@ -130,7 +138,7 @@ STRIPE: Final = Service(
 
 # In the order in which they are started.
 SERVICES: Final = (
-    Service(name="ledger", module="services.ledger.app"),
+    Service(name="ledger", module="services.ledger.app", told=_ledger),
     Service(name="metering", module="services.metering.app"),
     Service(name=KEYVAULT, module="services.keyvault.app", told=_keyvault),
     Service(name="billing", module="services.billing.app", told=_billing),

@@ -97,6 +97,21 @@ class Layout:
         return self.directory / "keyring.json"
 
     @property
+    def ledger_signing_key_file(self) -> Path:
+        """The private key that signs the ledger's heads: for the ledger alone."""
+        return self.directory / "ledger-signing.pem"
+
+    @property
+    def ledger_public_keys_file(self) -> Path:
+        """The public halves of all keys that ever signed the ledger's heads: for audits."""
+        return self.directory / "ledger-signing-public.pem"
+
+    @property
+    def audit_file(self) -> Path:
+        """Up to where the last audit of the ledger got, and what it found there."""
+        return self.directory / "audit.json"
+
+    @property
     def run_file(self) -> Path:
         """What runs at the moment: process ids and ports."""
         return self.directory / "run.json"

@@ -35,6 +35,7 @@ from infra.services import (
     OPENAI_KEY_VARIABLE,
     PROVIDER,
     SERVICES,
+    SIGNING_KEY_VARIABLE,
     STRIPE,
     STRIPE_KEY_VARIABLE,
     Service,
@@ -46,6 +47,7 @@ from infra.state import Credentials, Layout, Run
 from services.keyvault.store import make_keyring_file
 from services.kit.catalogue import InvalidCatalogue, load_catalogue
 from services.kit.database import bootstrap, migrate
+from services.ledger.signing import InvalidSigningKey, ensure_key_files
 
 DATABASE: Final = "scrip"
 CATALOGUE_FILE: Final = Path(__file__).parent / "catalogue" / "catalogue.toml"
@@ -126,6 +128,14 @@ class Stack:
         roles = [SUPERUSER, *_roles(services)]
         credentials = state.ensure_credentials(layout, nats_users=[user.name for user in USERS], postgres_roles=roles)
         make_keyring_file(layout.keyring_file)
+        try:
+            ensure_key_files(
+                layout.ledger_signing_key_file,
+                layout.ledger_public_keys_file,
+                given=os.environ.get(SIGNING_KEY_VARIABLE),
+            )
+        except InvalidSigningKey as error:
+            raise StackError(f"The ledger cannot sign: {error}.") from error
         return cls(layout=layout, ports=state.ports(), credentials=credentials, services=services)
 
     def postgres(self) -> EmbeddedPostgres:

@@ -1,21 +1,19 @@
-"""The commands about the ledger: account, grant, balance, statement over its HTTP API; replay on its database."""
+"""The commands about the ledger: account, grant, and all that is read, over its HTTP API."""
 
+import sys
 import uuid
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 from urllib.parse import quote
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from infra import state
 from infra.errors import StackError
 from infra.service_api import Json, ServiceApi
 from infra.supervisor import Stack
-from services.ledger.audit_sql import Checked, audit
-from services.ledger.replay import Replayed, ShadowMissing
-from services.ledger.replay import replay as replay_journal
 
 Key = Annotated[
     str | None,
@@ -25,7 +23,8 @@ Key = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    for command in (account, grant, balance, statement, replay):
+    reading = (balance, statement, transaction, charge, holds, totals, tree, export)
+    for command in (account, grant, *reading):
         app.command()(command)
 
 
@@ -61,13 +60,28 @@ def grant(
     Console().print(f"{amount} {unit} {said} to {path} ({reply['transaction']})", markup=False, highlight=False)
 
 
-def balance(path: Annotated[str, typer.Argument(help="The account.")]) -> None:
-    """Show what an account's wallets hold, lot by lot."""
-    found = _read(f"/v1/balances/{_quoted(path)}")
-    table = Table("unit", "posted", "held", "available", "debt", "overage", title=found["account"])
-    lots = Table("lot", "unit", "kind", "granted", "left", "held", "reference")
+def balance(
+    path: Annotated[str, typer.Argument(help="The account.")],
+    *,
+    as_of: Annotated[str | None, typer.Option(help="As it was recorded at a time: 2026-07-01T12:00:00Z.")] = None,
+    world_at: Annotated[str | None, typer.Option(help="What was posted by what had occurred at a time.")] = None,
+) -> None:
+    """Show what an account's wallets hold, lot by lot, now or in the past."""
+    query = _given(as_of=as_of, world_at=world_at)
+    found = ServiceApi.running("ledger").get(f"/v1/balances/{_quoted(path)}", query)
+    console = Console()
+    if world_at:
+        posted = Table("unit", "posted", title=f"{found['account']} by what had occurred at {found['world_at']}")
+        for wallet in found["wallets"]:
+            posted.add_row(wallet["unit"], wallet["posted"])
+        console.print(posted)
+        return
+    names = ("unit", "policy", "posted", "held", "frozen", "available", "debt", "overage", "uncapped")
+    table = Table(*names, title=f"{found['account']} at {found['as_of']}")
+    lots = Table("lot", "unit", "kind", "granted", "left", "held", "expires", "reference")
+    coming = Table("when", "unit", "what")
     for wallet in found["wallets"]:
-        table.add_row(*(wallet[name] for name in ("unit", "posted", "held", "available", "debt", "overage")))
+        table.add_row(*(wallet[name] or "" for name in names))
         for lot in wallet["lots"]:
             lots.add_row(
                 lot["lot"],
@@ -76,24 +90,34 @@ def balance(path: Annotated[str, typer.Argument(help="The account.")]) -> None:
                 lot["granted"],
                 lot["posted"],
                 lot["held"],
+                lot["expires_at"] or "",
                 lot["reference"] or "",
             )
-    console = Console()
-    console.print(table)
-    if lots.row_count:
-        console.print(lots)
+        for end in wallet["expiries"]:
+            coming.add_row(end["at"], wallet["unit"], f"{end['amount']} of {end['lot']} expire")
+        for renewal in wallet["renewals"]:
+            coming.add_row(renewal["at"], wallet["unit"], f"{renewal['amount']} are granted by {renewal['rule']}")
+    for each in (table, lots, coming):
+        if each is table or each.row_count:
+            console.print(each)
 
 
 def statement(
     path: Annotated[str, typer.Argument(help="The account.")],
     *,
     unit: Annotated[str | None, typer.Option(help="Only this unit.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Only entries of this kind: charged, lot_granted, …")] = None,
+    since: Annotated[str | None, typer.Option(help="Recorded at or after: 2026-07-01T12:00:00Z.")] = None,
+    until: Annotated[str | None, typer.Option(help="Recorded before.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Of a lot, a hold, a transaction, a charged event, or a lot's reference.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, max=500, help="How many entries.")] = 20,
     before: Annotated[str | None, typer.Option(help="The cursor that the page before named.")] = None,
 ) -> None:
     """Show the entries of an account's wallets, newest first, with the balance after each."""
-    query = {"limit": str(limit), **({"unit": unit} if unit else {}), **({"before": before} if before else {})}
-    page = _read(f"/v1/statements/{_quoted(path)}", query)
+    query = _given(unit=unit, kind=kind, since=since, until=until, reference=reference, before=before)
+    page = ServiceApi.running("ledger").get(f"/v1/statements/{_quoted(path)}", {"limit": str(limit), **query})
     table = Table("occurred", "what", "unit", "posted", "held", "balance", "lot")
     for entry in page["entries"]:
         table.add_row(
@@ -111,47 +135,112 @@ def statement(
         console.print(f"more: --before {page['next_before']}", markup=False, highlight=False, soft_wrap=True)
 
 
-def replay() -> None:
-    """Rebuild every projection from the journal and compare, then sums in plain SQL. Exit code 1 if they differ."""
-    stack = _running_stack()
-    owner = stack.database_url("ledger_owner")
+def transaction(transaction_id: Annotated[str, typer.Argument(help="Its id: txn_…")]) -> None:
+    """Show a transaction: who or what caused it, and all its entries, both sides."""
+    found = ServiceApi.running("ledger").get(f"/v1/transactions/{_quoted(transaction_id)}")
     console = Console()
-    with Progress(
-        TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-    ) as progress:
-        task = progress.add_task("replaying", total=None)
-        try:
-            result = replay_journal(
-                owner, on_progress=lambda done, total: progress.update(task, completed=done, total=total)
-            )
-        except ShadowMissing as error:
-            raise StackError(f"The replay has nowhere to go: {error}. Run `scrip migrate` once.") from error
-        progress.update(task, completed=result.entries, total=result.entries)
-    checked = audit(owner)
-    show_replayed(console, result, checked)
-    raise typer.Exit(0 if result.is_equal and not any(check.breaches for check in checked) else 1)
-
-
-def show_replayed(console: Console, result: Replayed, checked: tuple[Checked, ...]) -> None:
-    """Print what a replay and the audit found."""
-    table = Table("projection", "live rows", "replayed rows", "result")
-    for each in result.tables:
-        said = "equal" if not each.different else f"{each.different} rows different"
-        table.add_row(each.table, str(each.live), str(each.replayed), said)
+    for command in found["commands"]:
+        said = f"asked by {command['principal']} under {command['idempotency_key']}"
+        console.print(said, markup=False, highlight=False)
+    if found["bundle"] is not None:
+        console.print(f"bundle {found['bundle']} of charges", highlight=False)
+    if found["lines"]:
+        console.print(_lines(found["lines"]))
+    table = Table("entry", "what", "account", "unit", "posted", "held", "lot")
+    for entry in found["entries"]:
+        place = f"{entry['batch']}/{entry['position']}"
+        cells = (entry[name] or "" for name in ("kind", "account", "unit", "posted", "held", "lot_kind"))
+        table.add_row(place, *cells)
     console.print(table)
-    for each in result.tables:
-        for line in each.first_differences:
-            console.print(f"  {each.table}: {line}", markup=False, highlight=False, soft_wrap=True)
-    for line in result.heads_astray:
-        console.print(f"  {line}", markup=False, highlight=False)
-    console.print(f"{result.entries} entries replayed, {result.entries_per_second:.0f}/s", highlight=False)
-    laws = Table("law, in plain SQL", "result")
-    for check in checked:
-        laws.add_row(check.law, "kept" if not check.breaches else f"broken {check.breaches} times")
-    console.print(laws)
-    for check in checked:
-        for line in check.first:
-            console.print(f"  {check.law}: {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def charge(
+    source: Annotated[str, typer.Argument(help="Who reported the use.")],
+    event: Annotated[str, typer.Argument(help="The use's event id.")],
+) -> None:
+    """Show what a use was charged, from which lots, and what of that was given back."""
+    found = ServiceApi.running("ledger").get(f"/v1/charges/{_quoted(source)}/{_quoted(event)}")
+    Console().print(_lines(found["lines"]))
+
+
+def _lines(lines: list[dict[str, Any]]) -> Table:
+    table = Table("event", "account", "occurred", "charged", "paid by", "given back")
+    for line in lines:
+        back = [part for reversal in line["reversals"] for part in reversal["split"]]
+        table.add_row(
+            f"{line['event_id']} {line['revision'] or ''}",
+            line["account"],
+            line["occurred_at"],
+            "\n".join(f"{each['amount']} {each['unit']}" for each in line["amounts"]),
+            "\n".join(f"{each['amount']} {each['unit']} {each['account']} {each['lot']}" for each in line["split"]),
+            "\n".join(f"{each['amount']} {each['unit']} {each['lot']}" for each in back),
+        )
+    return table
+
+
+def holds(
+    path: Annotated[str, typer.Argument(help="The account; holds of those below it are listed, too.")],
+    *,
+    limit: Annotated[int, typer.Option(min=1, max=500, help="How many.")] = 100,
+    after: Annotated[str | None, typer.Option(help="The cursor that the page before named.")] = None,
+) -> None:
+    """Show open holds, oldest first."""
+    page = ServiceApi.running("ledger").get("/v1/holds", {"account": path, "limit": str(limit), **_given(after=after)})
+    table = Table("hold", "account", "until", "held")
+    for hold in page["holds"]:
+        held = "\n".join(f"{each['held']} {each['unit']} {each['account']}" for each in hold["wallets"])
+        table.add_row(hold["hold"], hold["account"], hold["expires_at"], held)
+    console = Console()
+    console.print(table)
+    if page["next_after"]:
+        console.print(f"more: --after {page['next_after']}", markup=False, highlight=False, soft_wrap=True)
+
+
+def totals(path: Annotated[str, typer.Argument(help="The account.")]) -> None:
+    """Show what was ever granted, charged, given back, expired and clawed back on an account's wallets."""
+    found = ServiceApi.running("ledger").get(f"/v1/totals/{_quoted(path)}")
+    names = ("granted", "charged", "reversed", "expired", "voided", "clawed_back", "adjusted", "transferred", "posted")
+    table = Table("unit", *names)
+    for each in found["units"]:
+        table.add_row(each["unit"], *(each[name] for name in names))
+    Console().print(table)
+
+
+def tree(
+    root: Annotated[str, typer.Argument(help="The account at the top.")],
+    *,
+    limit: Annotated[int, typer.Option(min=1, max=200, help="How many accounts.")] = 100,
+    after: Annotated[str | None, typer.Option(help="The account that the page before ended with.")] = None,
+) -> None:
+    """Show the accounts of a tree with their wallets."""
+    page = ServiceApi.running("ledger").get(f"/v1/trees/{_quoted(root)}", {"limit": str(limit), **_given(after=after)})
+    names = ("unit", "policy", "posted", "held", "available", "debt", "overage")
+    table = Table("account", *names)
+    for account in page["accounts"]:
+        for wallet in account["wallets"] or [dict.fromkeys(names, "")]:
+            table.add_row(account["account"], *(wallet[name] for name in names))
+    console = Console()
+    console.print(table)
+    if page["next_after"]:
+        console.print(f"more: --after {page['next_after']}", markup=False, highlight=False, soft_wrap=True)
+
+
+def export(
+    path: Annotated[str, typer.Argument(help="The account.")],
+    *,
+    below: Annotated[bool, typer.Option(help="With all accounts below it.")] = False,
+    to: Annotated[Path | None, typer.Option(help="A file that is not there yet. Default: standard output.")] = None,
+) -> None:
+    """Write the entries of an account's wallets as CSV."""
+    query = {"account": path, "below": str(below).lower(), "format": "csv"}
+    if to is None:
+        ServiceApi.running("ledger").stream("/v1/exports/journal", query, sys.stdout.buffer)
+        return
+    try:
+        with to.open("xb") as file:
+            ServiceApi.running("ledger").stream("/v1/exports/journal", query, file)
+    except OSError as error:
+        raise StackError(f"{to} cannot be written: {error.strerror}.") from error
 
 
 def _command(path: str, body: Json, *, key: str | None) -> Json:
@@ -159,14 +248,14 @@ def _command(path: str, body: Json, *, key: str | None) -> Json:
     return ServiceApi.running("ledger").post(path, said, headers={"Idempotency-Key": key or f"cli-{uuid.uuid4()}"})
 
 
-def _read(path: str, query: dict[str, str] | None = None) -> Json:
-    return ServiceApi.running("ledger").get(path, query)
-
-
 def _running_stack() -> Stack:
     layout = state.locate()
     run = state.needed_run(layout)
     return Stack(layout=layout, ports=run.ports, credentials=state.load_credentials(layout))
+
+
+def _given(**options: str | None) -> dict[str, str]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _quoted(account: str) -> str:

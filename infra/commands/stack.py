@@ -61,7 +61,7 @@ def status() -> None:
 
 def migrate() -> None:
     """Create roles and schemas and bring them to their newest version."""
-    with _stack_with("postgres") as stack:
+    with stack_with("postgres") as stack:
         stack.migrate()
         Console().print("Schemas are up to date: " + ", ".join(service.name for service in stack.services))
 
@@ -73,7 +73,7 @@ def provision(
 
     It goes on after what NATS refuses, and never deletes. Exit code 1 if anything is not as it should be.
     """
-    with _stack_with("nats") as stack:
+    with stack_with("nats") as stack:
         result = stack.provision(repair=repair)
     show_provisioned(Console(), result)
     raise typer.Exit(0 if result.is_complete else 1)
@@ -117,7 +117,7 @@ def clean() -> None:
 
 
 @contextmanager
-def _stack_with(server: str) -> Iterator[Stack]:
+def stack_with(server: str) -> Iterator[Stack]:
     """The stack with one server running: the one that runs, else started for this moment."""
     layout = state.locate()
     if run := state.current_run(layout):

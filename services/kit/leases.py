@@ -302,8 +302,9 @@ SELECT partition, 0, '-infinity' FROM generate_series(0, %s - 1) AS p (partition
 _ACQUIRE = """
 WITH free AS (
     SELECT partition FROM leases
-    WHERE owner IS NULL OR expires_at < clock_timestamp()
-       OR (owner = %(owner)s AND NOT partition = ANY (%(held)s::smallint[]))
+    WHERE (owner IS NULL OR expires_at < clock_timestamp() OR owner = %(owner)s)
+      -- One that has just been lost is given up first, and won again next time.
+      AND NOT partition = ANY (%(held)s::smallint[])
     ORDER BY partition LIMIT %(room)s FOR NO KEY UPDATE SKIP LOCKED
 )
 UPDATE leases l

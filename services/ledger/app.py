@@ -31,7 +31,9 @@ from services.ledger.engine import Owners
 from services.ledger.handlers import Item, Ledger, Result
 from services.ledger.routes import Backend, routers
 from services.ledger.settings import LedgerSettings
-from services.ledger.subscribers import TRY_AGAIN, ChargesSubscriber, CommandSubscriber, subscribe_payments
+from services.ledger.signing import Signer, read_signer, signer
+from services.ledger.subscribers import TRY_AGAIN, ChargesSubscriber, CommandSubscriber, Limits, subscribe_payments
+from services.ledger.sweeper import Sweeper
 
 log = get_logger(__name__)
 
@@ -44,11 +46,13 @@ READ_TIMEOUT: Final = "10s"
 
 def build(settings: LedgerSettings) -> FastAPI:
     """The application. Everything is connected when its lifespan begins, and finished when it ends."""
-    return service_app(SERVICE, settings, running=_running, routers=routers)
+    return service_app(SERVICE, settings, running=_running, routers=routers, body_bytes_max=settings.body_bytes_max)
 
 
 @asynccontextmanager
-async def _running(settings: LedgerSettings, readiness: Readiness) -> AsyncIterator[Backend]:
+async def _running(  # noqa: PLR0915 - what is constructed, one after the other
+    settings: LedgerSettings, readiness: Readiness
+) -> AsyncIterator[Backend]:
     units = Units.of(load_catalogue(settings.catalogue_file).units)
     async with AsyncExitStack() as stack:
 
@@ -76,7 +80,9 @@ async def _running(settings: LedgerSettings, readiness: Readiness) -> AsyncItera
         def on_committed(rows: Iterable[OutboxRow]) -> None:
             relay.notify(rows)
 
-        ledger = Ledger(writer=writer("writer"), units=units, now=now, on_committed=on_committed)
+        ledger = Ledger(
+            writer=writer("writer"), units=units, now=now, on_committed=on_committed, signer=_signer(settings)
+        )
         batcher: Batcher[Item, Result] = Batcher(
             name=SERVICE,
             process=ledger.process,
@@ -84,7 +90,8 @@ async def _running(settings: LedgerSettings, readiness: Readiness) -> AsyncItera
             queue_cost_max=settings.queue_cost_max,
             whole_batch_errors=TRY_AGAIN,
         )
-        commands = CommandSubscriber(client, batcher=batcher, units=units)
+        limits = Limits(body_bytes_max=settings.body_bytes_max, list_commands_max=settings.list_commands_max)
+        commands = CommandSubscriber(client, batcher=batcher, units=units, limits=limits)
         charges = ChargesSubscriber(
             client,
             batcher=batcher,
@@ -116,6 +123,15 @@ async def _running(settings: LedgerSettings, readiness: Readiness) -> AsyncItera
         owners = Owners(client)
         subscribe_payments(broker, settings, owners=owners)
         trimmer = Trimmer(client, service=SERVICE)
+        sweeper = Sweeper(
+            batcher=batcher,
+            pool=pool,
+            partitions=lambda: ledger.partitions,
+            now=now,
+            seconds=settings.sweep_seconds,
+            cost_max=settings.sweep_cost_max,
+            batch_cost_max=settings.batch_cost_max,
+        )
         tasks = {
             name: essential_task(work, name=name)
             for name, work in (
@@ -124,6 +140,7 @@ async def _running(settings: LedgerSettings, readiness: Readiness) -> AsyncItera
                 ("charges", charges.run()),
                 ("leases", leases.run()),
                 ("trimmer", trimmer.run()),
+                ("sweeper", sweeper.run()),
             )
         }
         await broker.start()
@@ -133,13 +150,25 @@ async def _running(settings: LedgerSettings, readiness: Readiness) -> AsyncItera
             # From the outside inwards: no more work, then the work in hand, then what it has to say.
             await _no_more_payments(broker)
             await charges.stop()
+            sweeper.stop()
             leases.stop()
-            await finish_tasks([tasks["charges"], tasks["leases"]], deadline_seconds=settings.shutdown_seconds / 4)
+            await finish_tasks(
+                [tasks["charges"], tasks["leases"], tasks["sweeper"]], deadline_seconds=settings.shutdown_seconds / 4
+            )
             batcher.stop()
             await finish_tasks([tasks["batcher"]], deadline_seconds=settings.shutdown_seconds / 4)
             relay.stop()
             trimmer.stop()
             await finish_tasks([tasks["relay"], tasks["trimmer"]], deadline_seconds=settings.shutdown_seconds / 4)
+
+
+def _signer(settings: LedgerSettings) -> Signer | None:
+    if settings.ledger_signing_key is not None:
+        return signer(settings.ledger_signing_key.get_secret_value())
+    if settings.ledger_signing_key_file is not None:
+        return read_signer(settings.ledger_signing_key_file)
+    log.warning("no signing key: who may change the journal may also change its chain")
+    return None
 
 
 def _broker(settings: LedgerSettings, pool: Pool) -> NatsBroker:

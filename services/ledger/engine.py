@@ -2,10 +2,11 @@
 
 import asyncio
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import nats.errors
 from nats.aio.client import Client
+from pydantic import TypeAdapter
 
 from contracts import ledger as words
 from contracts.partition import partition_of
@@ -21,6 +22,9 @@ NO_OWNER_RETRY_SECONDS: Final = 0.1
 
 # Payments are billing's: its name is on their idempotency keys.
 BILLING: Final = "billing"
+
+
+Answer = TypeVar("Answer")
 
 
 class NotDecided(Exception):
@@ -41,10 +45,28 @@ class Owners:
         self, command: words.Command, *, principal: str, seconds_max: float = COMMAND_SECONDS_MAX
     ) -> words.Reply:
         """Ask the owner of the partition, and wait while there is none. Repeating is safe: it is the same key."""
-        account = command.line.account if isinstance(command, words.Charge) else command.account
-        subject = ledger_command_subject(partition=partition_of(account), command=command.command, principal=principal)
+        return await self._ask(command, words.REPLIES, principal=principal, seconds_max=seconds_max)
+
+    async def ask_all(
+        self, commands: words.CommandList, *, principal: str, seconds_max: float = COMMAND_SECONDS_MAX
+    ) -> words.ListReply:
+        """Ask for a list of commands, likewise."""
+        return await self._ask(commands, words.LIST_REPLIES, principal=principal, seconds_max=seconds_max)
+
+    async def _ask(
+        self,
+        command: words.Command | words.CommandList,
+        replies: TypeAdapter[Answer],
+        *,
+        principal: str,
+        seconds_max: float,
+    ) -> Answer | words.Failed:
+        partition = partition_of(command.account)
+        subject = ledger_command_subject(partition=partition, command=command.command, principal=principal)
         body = command.model_dump_json(exclude_defaults=False).encode()
-        reply: words.Reply = words.Failed(code="unavailable", message="nobody owns the partition right now: ask again")
+        reply: Answer | words.Failed = words.Failed(
+            code="unavailable", message="nobody owns the partition right now: ask again"
+        )
         deadline = asyncio.get_running_loop().time() + seconds_max
         while (left := deadline - asyncio.get_running_loop().time()) > 0:
             try:
@@ -58,7 +80,7 @@ class Owners:
             except nats.errors.Error as error:
                 return words.Failed(code="unavailable", message=f"NATS is away: {type(error).__name__}")
             else:
-                reply = words.REPLIES.validate_json(message.data)
+                reply = replies.validate_json(message.data)
                 if not (isinstance(reply, words.Failed) and reply.code == "unavailable"):
                     return reply
                 await asyncio.sleep(NO_OWNER_RETRY_SECONDS)

@@ -2,39 +2,52 @@
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any, Final, assert_never
+from functools import cache
+from typing import Any, Final, NamedTuple, assert_never
 
 import msgspec
 import psycopg
 from prometheus_client import Counter, Gauge
 
-from contracts.accounts import path
+from contracts.accounts import path, root
 from services.kit.database import Writer
 from services.kit.dead_letters import Letter
 from services.kit.outbox import OutboxRow
 from services.kit.telemetry import REGISTRY, get_logger
 from services.ledger import store
+from services.ledger.domain.alerts import decide_alerts
+from services.ledger.domain.charging import decide_charge
 from services.ledger.domain.commands import (
+    LATE_GRACE,
+    CatchUp,
     ChargeLine,
     ClaimPayment,
     Command,
+    ExtendHold,
     Grant,
-    OpenAccount,
     PlaceHold,
     ReleaseHold,
+    ResolveHold,
+    ReverseCharge,
+    Scope,
+    Transfer,
     Units,
+    VoidGrant,
 )
-from services.ledger.domain.decide import decide, decide_charge
-from services.ledger.domain.draft import Draft, Head, Transaction
-from services.ledger.domain.entries import Charged, HoldPlaced, Move, payment_of
+from services.ledger.domain.decide import decide
+from services.ledger.domain.draft import Draft, Fork, Head, Transaction
+from services.ledger.domain.due import decide_due, next_due
+from services.ledger.domain.entries import Charged, HoldExtended, HoldPlaced, Move, payment_of
 from services.ledger.domain.errors import AlreadyCharged, ChargeDiffers, Refusal
-from services.ledger.domain.state import Account, Claim, PartitionState, Wallet
-from services.ledger.projections import Row, add_rows, changed_rows
-from services.ledger.store import HeadMoved, Loaded, Needs, Written
+from services.ledger.domain.state import Account, Claim, PartitionState, PastLine, Wallet
+from services.ledger.projections import Row, add_rows, changed_rows, reversed_text, taken_of
+from services.ledger.signing import Signer
+from services.ledger.store import HeadMoved, Loaded, Needs, Signature, Written
 from services.ledger.translate import (
+    WHEN_RECORDED,
     BadLine,
     Bundle,
     Fact,
@@ -43,13 +56,15 @@ from services.ledger.translate import (
     amounts_text,
     facts_of,
     full_id,
-    hold_released_fact,
+    heads_signed_row,
     lines_hash,
     outbox_row,
     problem_rows,
     refused,
+    reversed_fact,
     scope_text,
     split_text,
+    transferred_fact,
     usage_charged_fact,
 )
 
@@ -71,13 +86,34 @@ _ATTEMPTS_MAX: Final = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommandItem:
-    """A command, who sent it, under which key, and the hash of what was sent."""
+    """A command, who sent it, under which key, and the hash of what was sent. A dry run changes nothing."""
 
     partition: int
     principal: str
     key: str
     body_hash: bytes
     command: Command
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListItem:
+    """Commands on one tree, in order. One that is all or nothing has a key and a hash; its commands' do not count."""
+
+    partition: int
+    principal: str
+    commands: tuple[CommandItem, ...]
+    key: str | None = None
+    body_hash: bytes = b""
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SweepItem:
+    """What nobody asked for but time: no command is recorded, and nothing at all if nothing is due any more."""
+
+    partition: int
+    command: CatchUp | ResolveHold
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +133,12 @@ class BundleItem:
         return self.bundle.partition
 
 
-Item = CommandItem | BundleItem
+Item = CommandItem | ListItem | BundleItem | SweepItem
 
 
 @dataclass(frozen=True, slots=True)
 class Replied:
-    """A command was answered: contracts.ledger.Reply as JSON."""
+    """A command was answered: contracts.ledger.Reply, or ListReply, as JSON."""
 
     body: bytes
 
@@ -140,11 +176,18 @@ class Conflicting:
 
 
 @dataclass(frozen=True, slots=True)
+class Swept:
+    """What was due was done; `entries` is how many that took."""
+
+    entries: int
+
+
+@dataclass(frozen=True, slots=True)
 class NotOwner:
     """The partition is not, or no longer, owned here."""
 
 
-Result = Replied | Taken | OutOfOrder | Conflicting | NotOwner
+Result = Replied | Taken | OutOfOrder | Conflicting | Swept | NotOwner
 
 
 @dataclass(slots=True)
@@ -170,12 +213,14 @@ class Ledger:
         units: Units,
         now: Callable[[], datetime],
         on_committed: Callable[[Iterable[OutboxRow]], None],
+        signer: Signer | None = None,
     ) -> None:
-        """`on_committed` is told of the outbox rows of each commit."""
+        """`on_committed` is told of the outbox rows of each commit. Without a `signer` heads are not signed."""
         self._writer = writer
         self._units = units
         self._now = now
         self._on_committed = on_committed
+        self._signer = signer
         self._owned: dict[int, _Owned] = {}
         self._one_at_a_time = asyncio.Lock()
 
@@ -219,11 +264,15 @@ class Ledger:
                 needs = self._needs(items, look_up_lines=look_up_lines)
                 loaded = await store.load(connection, needs)
                 self._refresh(needs, loaded)
+                if late := self._late_needs(items):
+                    # Together: an account that is read again is read with the lots that it was given before.
+                    loaded.add(await store.load(connection, late))
+                    self._refresh(late, loaded)
                 works: dict[int, _Work] = {}
-                results = [self._decide(item, works, loaded) for item in items]
+                results = [self._decide(item, works, needs, loaded) for item in items]
                 written = [work.written() for work in works.values() if work.is_something]
                 if written:
-                    await store.write(connection, written)
+                    await store.write(connection, written, self._sign(written))
         except BaseException:
             for partition in {item.partition for item in items} & set(self._owned):
                 self._owned[partition].distrust()
@@ -233,10 +282,25 @@ class Ledger:
         self._forget_some()
         return results
 
+    def _sign(self, written: Sequence[Written]) -> Signature | None:
+        """Sign the heads that a commit moves, and tell it, in the outbox of the first of them."""
+        moved = [one.after for one in written if one.after.batch != one.before.batch]
+        if self._signer is None or not moved:
+            return None
+        signed = self._signer.sign_heads(moved)
+        first = next(one for one in written if one.after.partition == signed.partition)
+        number = first.after.outbox_number + 1
+        first.after = replace(first.after, outbox_number=number)
+        recorded_at = first.after.recorded_at
+        first.outbox.append(
+            heads_signed_row(signed, partition=signed.partition, number=number, recorded_at=recorded_at)
+        )
+        return Signature(signed.commit_id, signed.signature, signed.key_id, signed.heads)
+
     def _committed(self, written: Written) -> None:
         if (owned := self._owned.get(written.after.partition)) is not None:
             owned.head = written.after
-            owned.state.written()
+            owned.state.written(written.after.recorded_at)
         self._on_committed(written.outbox)
 
     def _forget_some(self) -> None:
@@ -261,16 +325,50 @@ class Ledger:
             match item:
                 case CommandItem():
                     needs.commands.add((item.partition, item.principal, item.key))
-                    _need(needs, item.partition, owned.state, item.command, look_up_lines=True)
+                    _need(needs, item.partition, owned.state, item.command)
+                case ListItem():
+                    if item.key is not None:
+                        needs.commands.add((item.partition, item.principal, item.key))
+                    for each in item.commands:
+                        if item.key is None:
+                            needs.commands.add((item.partition, item.principal, each.key))
+                        _need(needs, item.partition, owned.state, each.command)
+                case SweepItem():
+                    _need(needs, item.partition, owned.state, item.command)
                 case BundleItem(bundle=bundle):
                     if owned.stale or bundle.number <= owned.head.charges_number:
                         needs.bundles.add((item.partition, bundle.number))
-                    for line in bundle.lines:
-                        if isinstance(line, ChargeLine):
-                            _need(needs, item.partition, owned.state, line, look_up_lines=look_up_lines)
+                    _need_lines(needs, item.partition, owned.state, bundle.lines, look_up_lines=look_up_lines)
                 case _:
                     assert_never(item)
         return needs
+
+    def _late_needs(self, items: Sequence[Item]) -> Needs:
+        """What charges of long ago may have been paid with. Only now it is known on which wallets they count.
+
+        And what comes with the lots of a line that is charged and given back at once, or of an estimate that is made
+        and taken back at once: which lots those will be is not known, so with all that are there.
+        """
+        late = Needs()
+        for partition, account in _undone_at_once(items):
+            if (owned := self._owned.get(partition)) is not None:
+                _need_lots_of(late, partition, owned.state, account)
+        since = self._now() - LATE_GRACE
+        for item in items:
+            owned = self._owned.get(item.partition)
+            if owned is None:
+                continue
+            for line in _lines_of(item):
+                hold = None if line.hold is None else owned.state.holds.get(line.hold)
+                # One that ended before it was placed says nothing of the time.
+                at = line.occurred_at if hold is None or hold.expires_at is None else hold.recorded_at
+                if at < since:
+                    late.past_lots.update(
+                        (item.partition, account, at)
+                        for account in path(line.account)
+                        if _counts_there(owned.state.accounts.get(account), line, self._units)
+                    )
+        return late
 
     def _refresh(self, needs: Needs, loaded: Loaded) -> None:
         for partition in needs.heads:
@@ -285,52 +383,204 @@ class Ledger:
         states = defaultdict(PartitionState, {partition: owned.state for partition, owned in self._owned.items()})
         add_rows(states, loaded.rows)
 
-    def _decide(self, item: Item, works: dict[int, "_Work"], loaded: Loaded) -> Result:
+    def _decide(self, item: Item, works: dict[int, "_Work"], needs: Needs, loaded: Loaded) -> Result:
         owned = self._owned.get(item.partition)
         if owned is None:
             return NotOwner()
         work = works.get(item.partition)
         if work is None:
             draft = Draft(owned.head, owned.state, now=self._now())
-            work = works[item.partition] = _Work(draft, self._units, loaded)
+            work = works[item.partition] = _Work(
+                draft,
+                self._units,
+                loaded,
+                reversing=frozenset(each[1:4] for each in needs.past_lines if each[0] == item.partition),
+                paid_accounts={account for partition, account in loaded.reached if partition == item.partition},
+            )
         match item:
             case CommandItem():
                 return Replied(work.take_command(item))
+            case ListItem():
+                return Replied(work.take_list(item))
+            case SweepItem():
+                return work.sweep(item)
             case BundleItem():
                 return work.take_bundle(item)
             case _:
                 assert_never(item)
 
 
-def _need(needs: Needs, partition: int, state: PartitionState, command: Command, *, look_up_lines: bool) -> None:
-    needs.accounts.update((partition, account) for account in path(command.account) if account not in state.accounts)
+def _need(needs: Needs, partition: int, state: PartitionState, command: Command) -> None:
+    needs.accounts.update((partition, account) for account in _accounts_of(command) if account not in state.accounts)
     match command:
         case ChargeLine():
-            if look_up_lines:
-                needs.lines.add((partition, command.source, command.event_id, command.revision))
-            if command.hold is not None and command.hold not in state.holds:
-                needs.holds.add((partition, command.hold))
-        case OpenAccount():
-            pass
-        case Grant():
-            if (payment := payment_of(command.kind, command.reference)) is not None:
-                needs.payments.add((partition, payment, command.account, False))
+            needs.lines.add((partition, command.source, command.event_id, command.revision))
+        case Grant() if (payment := payment_of(command.kind, command.reference)) is not None:
+            needs.payments.add((partition, payment, command.account, False))
         case ClaimPayment():
             needs.payments.add((partition, command.payment, command.account, True))
-        case PlaceHold() | ReleaseHold():
-            if command.hold not in state.holds:
-                needs.holds.add((partition, command.hold))
+        case VoidGrant():
+            needs.lots.add((partition, command.lot, command.account))
+        case ReverseCharge():
+            line = (partition, command.source, command.event_id, command.revision, command.account)
+            needs.past_lines.add(line)
         case _:
-            assert_never(command)
+            pass
+    hold = _hold_of(command)
+    if hold is not None and not _is_open(state, hold):
+        needs.holds.add((partition, hold, command.account))
+
+
+def _is_open(state: PartitionState, hold: str) -> bool:
+    """Whether a hold in memory is all that is needed of it. One that has ended is read with what it had earmarked."""
+    known = state.holds.get(hold)
+    return known is not None and known.status == "placed"
+
+
+def _need_lines(
+    needs: Needs,
+    partition: int,
+    state: PartitionState,
+    lines: Iterable[ChargeLine | BadLine],
+    *,
+    look_up_lines: bool,
+) -> None:
+    names = set()
+    for line in lines:
+        if isinstance(line, ChargeLine):
+            names.add(line.account)
+            if look_up_lines:
+                needs.lines.add((partition, line.source, line.event_id, line.revision))
+            if line.hold is not None and not _is_open(state, line.hold):
+                needs.holds.add((partition, line.hold, line.account))
+    needs.accounts.update(
+        (partition, account) for name in names for account in path(name) if account not in state.accounts
+    )
+
+
+def _accounts_of(command: Command) -> tuple[str, ...]:
+    """The accounts on whose wallets a command may act, but for those that a payment leads to."""
+    match command:
+        case CatchUp():
+            return (command.account,)
+        case Transfer():
+            return (*path(command.account), *path(command.to_account))
+        case _:
+            return path(command.account)
+
+
+def _hold_of(command: Command) -> str | None:
+    match command:
+        case PlaceHold() | ExtendHold() | ReleaseHold() | ResolveHold() | ChargeLine():
+            return command.hold
+        case _:
+            return None
+
+
+# What adds nothing that could be due, and what says for which use it is.
+_OF_USE: Final = (PlaceHold, ExtendHold, ReleaseHold, ResolveHold, ChargeLine)
+_WITH_SCOPE: Final = (PlaceHold, ExtendHold, ChargeLine)
+_HELD: Final = (HoldPlaced, HoldExtended)
+
+
+def _lines_of(item: Item) -> Iterator[ChargeLine]:
+    match item:
+        case BundleItem(bundle=bundle):
+            yield from (line for line in bundle.lines if isinstance(line, ChargeLine))
+        case CommandItem(command=ChargeLine() as line):
+            yield line
+        case ListItem(commands=commands):
+            yield from (each.command for each in commands if isinstance(each.command, ChargeLine))
+        case _:
+            pass
+
+
+def _counts_there(account: Account | None, line: ChargeLine, units: Units) -> bool:
+    """Whether an account has a wallet on which a line counts as a cap: money has no periods."""
+    if account is None or not account.wallets:
+        return False
+    counted = (each for unit, _ in line.amounts for each in (unit, *units.mirrors.get(unit, ())))
+    return any(
+        each in account.wallets and (unit := units.by_name.get(each)) is not None and unit.kind == "cap"
+        for each in counted
+    )
+
+
+def _undone_at_once(items: Iterable[Item]) -> set[tuple[int, str]]:
+    """The partitions and accounts of lines that a batch both charges and gives back, and of holds likewise."""
+    commands = [(item.partition, command) for item in items for command in _commands_of(item)]
+    reversals = {_line_key(command) for _, command in commands if isinstance(command, ReverseCharge)}
+    resolved = {command.hold for _, command in commands if isinstance(command, ResolveHold)}
+    if not (reversals or resolved):
+        return set()
+    return {
+        (partition, command.account)
+        for partition, command in commands
+        if isinstance(command, ChargeLine) and (command.hold in resolved or _line_key(command) in reversals)
+    }
+
+
+def _line_key(command: ChargeLine | ReverseCharge) -> tuple[str, str, int]:
+    return command.source, command.event_id, command.revision
+
+
+def _commands_of(item: Item) -> Iterator[Command]:
+    match item:
+        case ListItem(commands=commands):
+            yield from (each.command for each in commands)
+        case BundleItem():
+            yield from _lines_of(item)
+        case _:
+            yield item.command
+
+
+def _need_lots_of(needs: Needs, partition: int, state: PartitionState, account: str) -> None:
+    """Whatever what is on an account's wallets may lead to, if it is given back."""
+    for name in path(account):
+        found = state.accounts.get(name)
+        for lot in [] if found is None else [lot for wallet in found.wallets.values() for lot in wallet.lots.values()]:
+            if (payment := payment_of("purchase", lot.reference)) is not None:
+                needs.payments.add((partition, payment, name, False))
+            needs.repaying.update((partition, repaid_by, name) for repaid_by in lot.repaid)
+
+
+class _Done(NamedTuple):
+    """What came of an accepted command: its outcome, and what made it so."""
+
+    outcome: dict[str, Any]
+    transaction: str
+    recorded_at: datetime
+    batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """Where a partition's work stood when it began to try something out."""
+
+    fork: Fork
+    lines: int
+    reversals: int
+    outbox: int
 
 
 class _Work:
     """What is being decided for one partition in one batch, and the rows that follow from it."""
 
-    def __init__(self, draft: Draft, units: Units, loaded: Loaded) -> None:
+    def __init__(
+        self,
+        draft: Draft,
+        units: Units,
+        loaded: Loaded,
+        *,
+        reversing: frozenset[tuple[Any, ...]],
+        paid_accounts: set[str],
+    ) -> None:
+        """`reversing`: the keys of lines that the batch names to give them back. `paid_accounts`: claims reach them."""
         self._draft = draft
         self._units = units
         self._loaded = loaded
+        self._reversing = reversing
+        self._paid_accounts = paid_accounts
         self._partition = draft.head.partition
         self._accepted: dict[tuple[str, str], tuple[bytes, dict[str, Any]]] = {}
         self._charged: dict[tuple[str, str, int], Row] = {}
@@ -340,13 +590,14 @@ class _Work:
         self._commands: list[Row] = []
         self._bundles: list[Row] = []
         self._lines: list[Row] = []
+        self._reversals: list[Row] = []
         self._letters: list[Letter] = []
         self._outbox: list[OutboxRow] = []
 
     @property
     def is_something(self) -> bool:
         """Whether there is anything to write: a batch of refusals and repeats changes nothing."""
-        return bool(self._commands or self._bundles)
+        return bool(self._commands or self._bundles or self._draft.entries)
 
     def written(self) -> Written:
         """Everything to write."""
@@ -358,28 +609,276 @@ class _Work:
             commands=self._commands,
             bundles=self._bundles,
             lines=self._lines,
-            projections=changed_rows(self._partition, self._draft.state.changes),
+            projections=changed_rows(self._partition, self._draft.state),
             outbox=self._outbox,
             letters=self._letters,
+            reversals=self._reversals,
         )
+
+    # Commands
 
     def take_command(self, item: CommandItem) -> bytes:
         """Decide a command, or repeat the outcome its key has: the reply as JSON."""
+        return _encode(self._reply(item))
+
+    def take_list(self, item: ListItem) -> bytes:
+        """Decide commands one after the other, each as if it came alone; or all of them, or none: the reply as JSON."""
+        if item.key is not None:
+            return _encode(self._reply_to_all(item, item.key))
+        if not item.dry_run:
+            return _encode({"status": "listed", "replies": [self._reply(each) for each in item.commands]})
+        mark = self._fork([each.command for each in item.commands])
+        replies = [self._reply(each, is_tried_out=True) for each in item.commands]
+        self._drop(mark)
+        return _encode({"status": "listed", "replies": replies, "dry_run": True})
+
+    def sweep(self, item: SweepItem) -> Swept:
+        """Do what is due. What turns out to be done, or not due, leaves no trace."""
+        before = self._draft.entries
+        match item.command:
+            case CatchUp(account=account):
+                self._catch_up((account,))
+            case ResolveHold():
+                self._try(item.command, dry_run=False)
+            case _:
+                assert_never(item.command)
+        return Swept(self._draft.entries - before)
+
+    def _reply(self, item: CommandItem, *, is_tried_out: bool = False) -> dict[str, Any]:
         name = type(item.command).__name__
-        if (known := self._outcome_of(item)) is not None:
-            body_hash, outcome = known
-            if body_hash != item.body_hash:
-                COMMANDS.labels(command=name, outcome="conflict").inc()
-                return _encode({"status": "failed", "code": "conflict", "message": _CONFLICT})
-            COMMANDS.labels(command=name, outcome="replayed").inc()
-            return _encode({**outcome, "replayed": True})
-        decided = self._decide_command(item)
-        if not isinstance(decided, dict):
-            COMMANDS.labels(command=name, outcome=decided.code).inc()
-            return refused(decided, units=self._units).model_dump_json(exclude_none=True).encode()
-        COMMANDS.labels(command=name, outcome="accepted").inc()
-        self._accepted[item.principal, item.key] = (item.body_hash, decided)
-        return _encode(decided)
+        dry_run = item.dry_run or is_tried_out
+        if (known := self._outcome_of(item.principal, item.key)) is not None:
+            return self._known(name, item.body_hash, known, dry_run=dry_run)
+        # What is tried out as part of a list is known to what comes after it.
+        done = self._try(item.command, dry_run=item.dry_run and not is_tried_out)
+        if not isinstance(done, _Done):
+            _count(name, done.code)
+            return refused(done, units=self._units)
+        if dry_run:
+            _count(name, "dry_run")
+            return {**done.outcome, "dry_run": True}
+        self._note_accepted(item.command)
+        self._record_outcome(item.principal, item.key, item.body_hash, done, done.outcome)
+        return done.outcome
+
+    def _reply_to_all(self, item: ListItem, key: str) -> dict[str, Any]:
+        if (known := self._outcome_of(item.principal, key)) is not None:
+            return self._known("list", item.body_hash, known, dry_run=item.dry_run)
+        mark = self._fork([each.command for each in item.commands])
+        done: list[_Done] = []
+        for place, each in enumerate(item.commands):
+            accounts = self._concerned(each.command)
+            self._catch_up(accounts)
+            decided = self._do(each.command, accounts)
+            if not isinstance(decided, _Done):
+                self._drop(mark)
+                _count("list", decided.code)
+                return {**refused(decided, units=self._units), "index": place}
+            done.append(decided)
+        outcome: dict[str, Any] = {"status": "listed", "replies": [each.outcome for each in done], "replayed": False}
+        if item.dry_run:
+            self._drop(mark)
+            _count("list", "dry_run")
+            replies = [{**each.outcome, "dry_run": True} for each in done]
+            return {**outcome, "replies": replies, "dry_run": True}
+        self._join(mark)
+        for each in item.commands:
+            self._note_accepted(each.command)
+        self._record_outcome(item.principal, key, item.body_hash, done[-1], outcome)
+        return outcome
+
+    def _known(
+        self, name: str, body_hash: bytes, known: tuple[bytes, dict[str, Any]], *, dry_run: bool
+    ) -> dict[str, Any]:
+        """What is answered under a key that has an outcome."""
+        if known[0] != body_hash:
+            _count(name, "conflict")
+            return {"status": "failed", "code": "conflict", "message": _CONFLICT}
+        _count(name, "replayed")
+        outcome = {**known[1], "replayed": True}
+        return {**outcome, "dry_run": True} if dry_run else outcome
+
+    def _outcome_of(self, principal: str, key: str) -> tuple[bytes, dict[str, Any]] | None:
+        if (recent := self._accepted.get((principal, key))) is not None:
+            return recent
+        stored = self._loaded.commands.get((self._partition, principal, key))
+        return None if stored is None else (stored[0], msgspec.json.decode(stored[1]))
+
+    def _note_accepted(self, command: Command) -> None:
+        _count(type(command).__name__, "accepted")
+        if isinstance(command, ChargeLine):
+            LINES.labels(outcome="charged").inc()
+
+    def _record_outcome(self, principal: str, key: str, body_hash: bytes, done: _Done, outcome: dict[str, Any]) -> None:
+        self._accepted[principal, key] = (body_hash, outcome)
+        self._commands.append(
+            (
+                self._partition,
+                principal,
+                key,
+                body_hash,
+                done.transaction,
+                done.batch,
+                done.recorded_at,
+                _encode(outcome).decode(),
+            )
+        )
+
+    # Trying out
+
+    def _try(self, command: Command, *, dry_run: bool) -> _Done | Refusal:
+        """Carry out a command after what is due. A refusal leaves no trace, nor does a dry run."""
+        accounts = self._concerned(command)
+        if not dry_run and not self._is_due(accounts):
+            # A refusal has changed nothing: only what is due before it would have.
+            return self._do(command, accounts)
+        mark = self._fork([command])
+        self._catch_up(accounts)
+        done = self._do(command, accounts)
+        if isinstance(done, _Done) and not dry_run:
+            self._join(mark)
+        else:
+            self._drop(mark)
+        return done
+
+    def _concerned(self, command: Command) -> Sequence[str]:
+        """The accounts on whose wallets a command may act."""
+        accounts = _accounts_of(command)
+        match command:
+            case Grant() | ClaimPayment() | ReverseCharge() | VoidGrant():
+                of_tree = root(command.account)
+                found = sorted(name for name in self._paid_accounts if root(name) == of_tree)
+                return tuple(dict.fromkeys((*accounts, *found)))
+            case _:
+                return accounts
+
+    def _fork(self, commands: Sequence[Command]) -> _Mark:
+        accounts = dict.fromkeys(account for command in commands for account in self._concerned(command))
+        holds = {hold for command in commands if (hold := _hold_of(command)) is not None}
+        fork = self._draft.fork(accounts=accounts, holds=holds)
+        return _Mark(fork, len(self._lines), len(self._reversals), len(self._outbox))
+
+    def _join(self, mark: _Mark) -> None:
+        self._draft.join(mark.fork)
+
+    def _drop(self, mark: _Mark) -> None:
+        self._draft.drop(mark.fork)
+        for row in self._lines[mark.lines :]:
+            del self._charged[row[1], row[2], row[3]]
+        del self._lines[mark.lines :]
+        del self._reversals[mark.reversals :]
+        del self._outbox[mark.outbox :]
+
+    def _is_due(self, accounts: Sequence[str]) -> bool:
+        due = next_due(self._draft.state, accounts)
+        return due is not None and due <= self._draft.recorded_at
+
+    def _catch_up(self, accounts: Sequence[str]) -> list[Move]:
+        """Record what is due, each in a transaction of its own, effective at its own time."""
+        done: list[Move] = []
+        for account in accounts:
+            # Of one account after the other: what is due on one is nothing to the others.
+            while self._is_due((account,)):
+                transaction = self._draft.begin()
+                moves = decide_due(self._draft.state, (account,), units=self._units, place=transaction.place)
+                transaction.record(moves)
+                self._tell(self._facts(moves, transaction, account))
+                done += moves
+        return done
+
+    # Deciding
+
+    def _do(self, command: Command, accounts: Sequence[str]) -> _Done | Refusal:
+        """Decide a command, on whose accounts nothing is due any more, and let the state follow."""
+        transaction = self._draft.begin()
+        if isinstance(command, ChargeLine):
+            rows: list[Row] = []
+            moves = self._charge_line(command, transaction, rows, None, 1)
+            if not isinstance(moves, list):
+                return moves
+            self._tell(self._facts(moves, transaction, command.account))
+            self._finish_charge(transaction, rows, {command.account: _Charged().add(command)}, None)
+        else:
+            moves = decide(self._draft.state, command, units=self._units, place=transaction.place)
+            if not isinstance(moves, list):
+                return moves
+            if moves:
+                transaction.record(moves)
+                facts = self._facts(moves, transaction, command.account)
+                self._tell([*facts, *self._facts_of_command(command, moves, transaction)])
+            if isinstance(command, ReverseCharge) and moves:
+                self._note_reversal(command, moves, transaction)
+        return self._done(command, moves, transaction, accounts)
+
+    def _done(self, command: Command, moves: list[Move], transaction: Transaction, accounts: Sequence[str]) -> _Done:
+        transaction_id, recorded_at, batch = transaction.id, self._draft.recorded_at, self._draft.batch
+        if not moves:
+            since = _since(self._draft.state, command)
+            transaction_id, recorded_at, batch = since.transaction, since.recorded_at, since.batch
+        if not isinstance(command, _OF_USE) and self._is_due(accounts):
+            # A period may have begun, or what was granted have ended, before now.
+            moves = [*moves, *self._catch_up(accounts)]
+        outcome = accepted(
+            partition=self._partition,
+            transaction=transaction_id,
+            recorded_at=recorded_at,
+            moves=moves,
+            remaining=self._remaining(command, moves),
+            units=self._units,
+        )
+        return _Done(outcome, transaction_id, recorded_at, batch)
+
+    def _remaining(self, command: Command, moves: Sequence[Move]) -> list[tuple[Wallet, int]]:
+        """What the wallets concerned have available now; of a hold, also those on which nothing was set aside."""
+        state, at = self._draft.state, self._draft.recorded_at
+        keys: dict[tuple[str, str], None] = {}
+        for move in moves:
+            if isinstance(move.details, _HELD):
+                for leg in move.details.legs:
+                    for account in leg.wallets:
+                        keys[account, leg.unit] = None
+            if move.unit is not None and move.account[0] != "@":
+                keys[move.account, move.unit] = None
+        wallets = [wallet for key in keys if (wallet := state.wallet(*key)) is not None]
+        if isinstance(command, _WITH_SCOPE):
+            used = self._used(command)
+            return [(wallet, wallet.available(at, used)) for wallet in wallets]
+        return [(wallet, wallet.available_anywhere(at)) for wallet in wallets]
+
+    def _used(self, command: PlaceHold | ExtendHold | ChargeLine) -> Scope | None:
+        """What is used; if it does not say, what its hold is for."""
+        scope = None if isinstance(command, ExtendHold) else command.scope
+        hold = None if command.hold is None or scope is not None else self._draft.state.holds.get(command.hold)
+        return scope if hold is None else hold.scope
+
+    def _facts(self, moves: Sequence[Move], transaction: Transaction, account: str) -> list[Fact]:
+        """Add to a transaction what the owners of its wallets are to be told, as its last moves: all facts of it."""
+        crossed = self._alert(transaction)
+        return facts_of(
+            [*moves, *crossed] if crossed else moves,
+            account=account,
+            partition=self._partition,
+            transaction=transaction.id,
+            units=self._units,
+        )
+
+    def _alert(self, transaction: Transaction) -> list[Move]:
+        state = self._draft.state
+        wallets = [wallet for key in transaction.wallets() if (wallet := state.wallet(*key)) is not None]
+        moves = decide_alerts(wallets, place=transaction.place)
+        if moves:
+            transaction.record(moves)
+        return moves
+
+    def _facts_of_command(self, command: Command, moves: Sequence[Move], transaction: Transaction) -> list[Fact]:
+        match command:
+            case ReverseCharge():
+                return [reversed_fact(command, moves, transaction=transaction.id, units=self._units)]
+            case Transfer():
+                self._paid_accounts.update((command.account, command.to_account))
+                return [transferred_fact(command, transaction=transaction.id, units=self._units)]
+            case _:
+                return []
 
     def take_bundle(self, item: BundleItem) -> Taken | OutOfOrder | Conflicting:
         """Charge a bundle's lines one by one, if its number is the next; a line that cannot be is put aside alone."""
@@ -389,13 +888,18 @@ class _Work:
         if bundle.number < expected:
             known = self._bundle_hashes.get(bundle.number) or self._loaded.bundles.get((self._partition, bundle.number))
             return Taken(repeated=True) if known == bundle.body_hash else Conflicting()
+        names = {line.account for line in bundle.lines if isinstance(line, ChargeLine)}
+        accounts = sorted({account for name in names for account in path(name)})
+        # The bundle has its number, whatever becomes of its lines: nothing of this is to be undone.
+        self._catch_up(accounts)
         transaction = self._draft.begin()
         rows: list[Row] = []
         charged: dict[str, _Charged] = {}
+        facts: list[Fact] = []
         dead = 0
         traceparents, traced = item.traceparents, list[TracedCharge]()
         for place, line in enumerate(bundle.lines):
-            refusal = self._charge(line, transaction, rows, bundle.number, place + 1)
+            refusal = self._charge(line, transaction, rows, bundle=bundle.number, number=place + 1, facts=facts)
             if traceparents and place in traceparents and isinstance(line, ChargeLine):
                 assert not isinstance(refusal, BadLine)
                 traced.append(self._traced(line, traceparents[place], refusal, transaction))
@@ -409,6 +913,7 @@ class _Work:
                     dead += 1
                     self._letters.append(_letter(item, place, refusal))
         if rows:
+            self._tell([*facts, *self._facts((), transaction, "")])
             self._finish_charge(transaction, rows, charged, bundle.number)
         LINES.labels(outcome="charged").inc(len(rows))
         LINES.labels(outcome="dead").inc(dead)
@@ -428,80 +933,40 @@ class _Work:
         identifier = full_id("txn", self._partition, transaction.id)
         return TracedCharge(line, traceparent, "charged", identifier, self._draft.batch, self._position)
 
-    def _outcome_of(self, item: CommandItem) -> tuple[bytes, dict[str, Any]] | None:
-        if (recent := self._accepted.get((item.principal, item.key))) is not None:
-            return recent
-        stored = self._loaded.commands.get((item.partition, item.principal, item.key))
-        return None if stored is None else (stored[0], msgspec.json.decode(stored[1]))
-
-    def _decide_command(self, item: CommandItem) -> dict[str, Any] | Refusal:
-        command = item.command
-        transaction = self._draft.begin()
-        batch = self._draft.batch
-        if isinstance(command, ChargeLine):
-            rows: list[Row] = []
-            moves = self._charge_line(command, transaction, rows, None, 1)
-            if not isinstance(moves, list):
-                return moves
-            self._finish_charge(transaction, rows, {command.account: _Charged().add(command)}, None)
-            LINES.labels(outcome="charged").inc()
-        else:
-            moves = decide(self._draft.state, command, units=self._units, place=transaction.place)
-            if not isinstance(moves, list):
-                return moves
-            transaction.record(moves)
-            self._tell(self._facts(command, moves, transaction))
-        transaction_id, recorded_at = transaction.id, self._draft.recorded_at
-        if not moves:
-            since = _since(self._draft.state, command)
-            transaction_id, recorded_at, batch = since.transaction, since.recorded_at, since.batch
-        outcome = accepted(
-            partition=self._partition,
-            transaction=transaction_id,
-            recorded_at=recorded_at,
-            moves=moves,
-            remaining=_wallets_held_on(self._draft.state, moves),
-            units=self._units,
-        )
-        self._commands.append(
-            (
-                self._partition,
-                item.principal,
-                item.key,
-                item.body_hash,
-                transaction_id,
-                batch,
-                recorded_at,
-                _encode(outcome).decode(),
-            )
-        )
-        return outcome
-
-    def _facts(self, command: Command, moves: Sequence[Move], transaction: Transaction) -> list[Fact]:
-        if isinstance(command, ReleaseHold):
-            return [
-                hold_released_fact(
-                    command, moves, partition=self._partition, transaction=transaction.id, units=self._units
-                )
-            ]
-        return facts_of(moves, partition=self._partition, transaction=transaction.id, units=self._units)
-
     def _charge(
-        self, line: ChargeLine | BadLine, transaction: Transaction, rows: list[Row], bundle: int, number: int
+        self,
+        line: ChargeLine | BadLine,
+        transaction: Transaction,
+        rows: list[Row],
+        *,
+        bundle: int,
+        number: int,
+        facts: list[Fact],
     ) -> Refusal | BadLine | None:
         if isinstance(line, BadLine):
             return line
         moves = self._charge_line(line, transaction, rows, bundle, number)
-        return None if isinstance(moves, list) else moves
+        if not isinstance(moves, list):
+            return moves
+        if line.hold is not None:
+            facts += facts_of(
+                moves,
+                account=line.account,
+                partition=self._partition,
+                transaction=transaction.id,
+                units=self._units,
+            )
+        return None
 
     def _charge_line(
         self, line: ChargeLine, transaction: Transaction, rows: list[Row], bundle: int | None, number: int
     ) -> list[Move] | Refusal:
         """Charge one line, or say why not. Its row goes to `rows`."""
         key = (line.source, line.event_id, line.revision)
+        said_when = line.occurred_at != WHEN_RECORDED
         content = (
             line.account,
-            line.occurred_at,
+            line.occurred_at if said_when else self._draft.recorded_at,
             line.hold,
             scope_text(line.scope),
             line.price_version,
@@ -510,7 +975,10 @@ class _Work:
         )
         before = self._charged.get(key) or self._loaded.lines.get((self._partition, *key))
         if before is not None:
-            return AlreadyCharged(*key) if before == content else ChargeDiffers(*key)
+            is_same = before == content if said_when else (before[0], *before[2:]) == (content[0], *content[2:])
+            return AlreadyCharged(*key) if is_same else ChargeDiffers(*key)
+        if not said_when or line.scope is None:
+            line = replace(line, occurred_at=content[1], scope=self._used(line))
         moves = decide_charge(self._draft.state, line, units=self._units, place=transaction.place)
         if not isinstance(moves, list):
             return moves
@@ -519,18 +987,31 @@ class _Work:
         else:
             self._position = transaction.record_summed(moves)
         self._charged[key] = content
+        split = split_text(moves)
         rows.append(
             (
                 self._partition,
                 *key,
                 *content,
-                split_text(moves),
+                split,
                 bundle,
                 number,
                 self._draft.batch,
                 transaction.id,
             )
         )
+        if self._reversing and key in self._reversing:
+            # Given back in the same batch: it is not in the tables yet.
+            self._draft.state.lines[key] = PastLine(
+                source=line.source,
+                event_id=line.event_id,
+                revision=line.revision,
+                account=line.account,
+                occurred_at=line.occurred_at,
+                hold=line.hold,
+                amounts=line.amounts,
+                split=taken_of(split),
+            )
         return moves
 
     def _finish_charge(
@@ -541,6 +1022,24 @@ class _Work:
         self._tell(
             usage_charged_fact(account, each.amounts, lines=each.lines, transaction=transaction.id, units=self._units)
             for account, each in charged.items()
+        )
+
+    def _note_reversal(self, command: ReverseCharge, moves: Sequence[Move], transaction: Transaction) -> None:
+        key = (command.source, command.event_id, command.revision)
+        given_back = _given_back(moves)
+        line = self._draft.state.lines[key]
+        for part, amount in given_back.items():
+            line.reversed[part] = line.reversed.get(part, 0) + amount
+        self._reversals.append(
+            (
+                self._partition,
+                *key,
+                self._draft.batch,
+                transaction.position,
+                transaction.id,
+                reversed_text(given_back),
+                command.reason,
+            )
         )
 
     def _tell(self, facts: Iterable[Fact]) -> None:
@@ -555,6 +1054,16 @@ class _Work:
         )
 
 
+def _count(command: str, outcome: str) -> None:
+    _counter(command, outcome).inc()
+
+
+@cache
+def _counter(command: str, outcome: str) -> Counter:
+    # Looking a counter up by its labels costs more than counting.
+    return COMMANDS.labels(command=command, outcome=outcome)
+
+
 def _since(state: PartitionState, command: Command) -> Account | Claim:
     """Since when it is as a command without moves would have it: a claim was made, or else an account opened."""
     if isinstance(command, ClaimPayment):
@@ -562,11 +1071,14 @@ def _since(state: PartitionState, command: Command) -> Account | Claim:
     return state.accounts[command.account]
 
 
-def _wallets_held_on(state: PartitionState, moves: Sequence[Move]) -> list[Wallet]:
-    """The wallets of a hold that has just been placed, each once."""
-    placed = (move.details for move in moves if isinstance(move.details, HoldPlaced))
-    keys = dict.fromkeys((account, leg.unit) for each in placed for leg in each.legs for account in leg.wallets)
-    return [wallet for key in keys if (wallet := state.wallet(*key)) is not None]
+def _given_back(moves: Sequence[Move]) -> dict[tuple[str, str, str], int]:
+    """What a reversal gave back of what its line took, by (account, unit, lot) of the line."""
+    found: dict[tuple[str, str, str], int] = {}
+    for move in moves:
+        if move.kind == "reversed" and move.unit is not None and move.lot is not None:
+            key = (move.account, move.unit, move.lot)
+            found[key] = found.get(key, 0) + move.posted
+    return found
 
 
 _encode: Final = msgspec.json.Encoder().encode

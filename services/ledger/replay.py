@@ -1,10 +1,13 @@
 """Replay: every projection is rebuilt from the journal into the schema ledger_shadow and compared with the live one.
 
-It uses the same `evolve` as the service, and one snapshot for everything, so it may run while the service works.
+Set-wise, by several readers of one snapshot, so that it may run while the service works; or entry by entry with the
+`evolve` of the service itself: both must come to the same bytes. A swap puts what was rebuilt in place of what is live.
 """
 
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, LiteralString
 
@@ -15,17 +18,32 @@ from psycopg.rows import TupleRow
 from pydantic import SecretStr
 from sqlalchemy import Table
 
-from services.ledger import tables
+from services.ledger import replay_sql, tables
+from services.ledger.domain.commands import Rule
 from services.ledger.domain.entries import Details, Entry
 from services.ledger.domain.evolve import evolve
-from services.ledger.domain.state import Changes, PartitionState
+from services.ledger.domain.periods import boundary
+from services.ledger.domain.state import Account, Changes, PartitionState, Wallet
 from services.ledger.projections import Row, changed_rows
 
+LIVE: Final = "ledger"
 SHADOW: Final = "ledger_shadow"
 DIFFERENCES_SHOWN_MAX: Final = 5
 FETCH_ROWS: Final = 20_000
+READERS: Final = 2
+# Longer than an owner goes without looking at its leases, shorter than a caller waits for an owner.
+DEPOSED_SECONDS: Final = 4
+# What a reader sums at once, in pages of the journal: enough that groups are few, and that progress is seen.
+PAGES_MAX: Final = 4_096
+PAGES_MIN: Final = 128
 
 _decode_details: Final = msgspec.json.Decoder(Details).decode
+_decode_rule: Final = msgspec.json.Decoder(Rule).decode
+_encode: Final = msgspec.json.Encoder(order="sorted").encode
+
+Progress = Callable[[int, int], None]
+# A part of the journal: its number, and the row addresses where it begins and ends.
+_Range = dict[str, Any]
 
 
 class ShadowMissing(Exception):
@@ -34,7 +52,7 @@ class ShadowMissing(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """A projection: rows live and replayed, how many rows only one of them has, and the first of those."""
+    """A projection: rows live and replayed, how many rows differ or only one of them has, and the first of those."""
 
     table: str
     live: int
@@ -45,12 +63,16 @@ class Compared:
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """What a replay found. It is equal if no table differs and every partition's head is its journal's last entry."""
+    """What a replay found. It is equal if no table differs and every partition's head is its journal's last entry.
+
+    `seconds` is what the rebuilding took, without the comparison. `swapped`: what differed has been replaced.
+    """
 
     entries: int
     seconds: float
     tables: tuple[Compared, ...]
     heads_astray: tuple[str, ...]
+    swapped: bool = False
 
     @property
     def is_equal(self) -> bool:
@@ -63,25 +85,50 @@ class Replayed:
         return self.entries / max(self.seconds, 1e-9)
 
 
-def replay(owner_url: SecretStr, *, on_progress: Callable[[int, int], None] = lambda _done, _all: None) -> Replayed:
-    """Rebuild and compare, as the role that owns the schema. The shadow stays to be looked at."""
-    with psycopg.connect(
-        owner_url.get_secret_value(), application_name="scrip-replay", options="-c timezone=UTC -c search_path=ledger"
-    ) as connection:
-        connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+def replay(
+    owner_url: SecretStr,
+    *,
+    on_progress: Progress = lambda _done, _all: None,
+    by_evolve: bool = False,
+    swap: bool = False,
+) -> Replayed:
+    """Rebuild and compare, as the role that owns the schema. The shadow stays to be looked at.
+
+    `swap`: nothing is committed meanwhile, and what differs is replaced by what was rebuilt; owners lose their leases
+    and what they remember. Readers see the tables as they were or as they are then, nothing in between.
+    """
+    with _connect(owner_url) as connection:
+        if swap:
+            # The first statement: what is waited for is in the snapshot, which the next one takes.
+            connection.execute("LOCK TABLE ledger.heads IN EXCLUSIVE MODE")
         _make_shadow(connection)
-        total = _count(connection, "journal")
+        total = _count(connection)
         started = time.monotonic()
-        last: dict[int, tuple[int, bytes]] = {}
-        entries = 0
-        for rebuilt in _rebuilt(connection, lambda done: on_progress(done, total)):
-            _copy(connection, rebuilt.partition, rebuilt.state)
-            last[rebuilt.partition] = rebuilt.end
-            entries += rebuilt.entries
+        if by_evolve:
+            _rebuild_by_evolve(connection, lambda done: on_progress(done, total))
+        else:
+            _rebuild(connection, owner_url, total, on_progress)
         seconds = time.monotonic() - started
+        on_progress(total, total)
         compared = tuple(_compare(connection, table) for table in tables.PROJECTIONS)
-        astray = tuple(_heads_astray(connection, last))
-    return Replayed(entries, seconds, compared, astray)
+        astray = tuple(_heads_astray(connection))
+        if swap:
+            for table, found in zip(tables.PROJECTIONS, compared, strict=True):
+                if found.different:
+                    _replace(connection, table)
+            _depose_owners(connection, owner_url)
+    return Replayed(total, seconds, compared, astray, swap)
+
+
+def _connect(url: SecretStr) -> Connection[TupleRow]:
+    # Unqualified, a projection is the one that is rebuilt; the journal is there once.
+    connection = psycopg.connect(
+        url.get_secret_value(),
+        application_name="scrip-replay",
+        options=f"-c timezone=UTC -c search_path={SHADOW},{LIVE} -c jit=off -c work_mem=64MB",
+    )
+    connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+    return connection
 
 
 def _make_shadow(connection: Connection[TupleRow]) -> None:
@@ -91,46 +138,250 @@ def _make_shadow(connection: Connection[TupleRow]) -> None:
         except psycopg.errors.InsufficientPrivilege as error:
             raise ShadowMissing(f"there is no schema {SHADOW}, and this role may not create it") from error
     for table in tables.PROJECTIONS:
-        names = {"shadow": sql.Identifier(SHADOW, table.name), "live": sql.Identifier(table.name)}
+        names = {"shadow": sql.Identifier(SHADOW, table.name), "live": sql.Identifier(LIVE, table.name)}
         connection.execute(sql.SQL("DROP TABLE IF EXISTS {shadow}").format(**names))
-        connection.execute(sql.SQL("CREATE TABLE {shadow} (LIKE {live} INCLUDING ALL)").format(**names))
+        connection.execute(sql.SQL("CREATE UNLOGGED TABLE {shadow} (LIKE {live})").format(**names))
+
+
+# Set-wise -------------------------------------------------------------------------------------------------------------
+
+
+def _rebuild(connection: Connection[TupleRow], owner_url: SecretStr, total: int, on_progress: Progress) -> None:
+    """Several readers sum parts of the journal; what they find is put together here, in the only writing connection."""
+    _check_places(connection)
+    for statement in replay_sql.PARTS:
+        connection.execute(statement)
+    snapshot = str(_value(connection, "SELECT pg_export_snapshot()"))
+    pages = int(_value(connection, "SELECT pg_relation_size('journal') / current_setting('block_size')::int"))
+    ranges = _ranges(pages)
+    progress = _Shared(total, len(ranges), on_progress)
+    readers = [_Reader(owner_url, snapshot, connection, progress) for _ in range(READERS)]
+    try:
+        _read_all(readers, ranges)
+    finally:
+        for reader in readers:
+            reader.close()
+    _analyze(connection, replay_sql.PART_NAMES)
+    for statement in replay_sql.LOT_SUMS:
+        connection.execute(statement)
+    _look_again(connection, ranges)
+    # How many rows a sum has the planner cannot know; were it to guess one, it would look each up among all others.
+    connection.execute("SET LOCAL enable_nestloop = off")
+    for statement in replay_sql.STEPS:
+        connection.execute(statement)
+    _end_rules(connection)
+    _fold_claimed_payments(connection)
+    _note_renewals(connection)
+    connection.execute(replay_sql.ACCOUNTS)
+    connection.execute("SET LOCAL enable_nestloop = on")
+    for name in (*replay_sql.PART_NAMES, *replay_sql.MADE_NAMES):
+        connection.execute(sql.SQL("DROP TABLE {}").format(sql.Identifier(SHADOW, name)))
+
+
+def _check_places(connection: Connection[TupleRow]) -> None:
+    """Places are compared as one number each: they have to fit."""
+    if int(_value(connection, "SELECT max(batch) FROM heads")) >= replay_sql.BATCH_MAX:
+        raise ValueError("there are more batches than a set-wise replay can count: replay entry by entry")
+
+
+def _ranges(pages: int) -> list[_Range]:
+    """The journal in parts, as ranges of row addresses."""
+    step = min(max(pages // (READERS * 8), PAGES_MIN), PAGES_MAX)
+    begins = range(0, max(pages, 1), step)
+    return [{"part": part, "begin": f"({begin},0)", "end": f"({begin + step},0)"} for part, begin in enumerate(begins)]
 
 
 @dataclass(slots=True)
-class _Rebuilt:
-    """A partition as its journal has it: its state, how many entries, the last one's batch and hash."""
+class _Shared:
+    """How much of the journal has been read, by all readers."""
 
-    partition: int
-    state: PartitionState = field(default_factory=PartitionState)
-    entries: int = 0
-    end: tuple[int, bytes] = (0, b"")
+    total: int
+    parts: int
+    on_progress: Progress
+    done: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def advance(self) -> None:
+        with self.lock:
+            self.done += 1
+            self.on_progress(self.total * self.done // self.parts, self.total)
 
 
-def _rebuilt(connection: Connection[TupleRow], on_progress: Callable[[int], None]) -> Iterator[_Rebuilt]:
-    """Each partition that has entries."""
-    current = _Rebuilt(-1)
+class _Reader:
+    """A connection that sums parts of the journal as another sees it, and hands what it found to that one."""
+
+    def __init__(self, url: SecretStr, snapshot: str, writer: Connection[TupleRow], progress: _Shared) -> None:
+        self._connection = _connect(url)
+        self._connection.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot)))
+        self._writer = writer
+        self._progress = progress
+
+    def read(self, part: _Range) -> None:
+        """Sum a part."""
+        for table, statement in replay_sql.SCANS.items():
+            rows = _copy_out(self._connection, statement, part)
+            with self._progress.lock:
+                _copy_in(self._writer, table, rows)
+        self._progress.advance()
+
+    def close(self) -> None:
+        self._connection.rollback()
+        self._connection.close()
+
+
+def _read_all(readers: Sequence[_Reader], ranges: Sequence[_Range]) -> None:
+    """Have readers sum all parts, each the next one when it is done with the last."""
+    todo, lock = iter(ranges), threading.Lock()
+
+    def work(reader: _Reader) -> None:
+        while True:
+            with lock:
+                part = next(todo, None)
+            if part is None:
+                return
+            reader.read(part)
+
+    with ThreadPoolExecutor(len(readers)) as pool:
+        for done in [pool.submit(work, reader) for reader in readers]:
+            done.result()
+
+
+def _look_again(connection: Connection[TupleRow], ranges: Sequence[_Range]) -> None:
+    """At the parts in which something last came in to a wallet that is used before and after."""
+    for statement in replay_sql.FULL:
+        connection.execute(statement)
+    for (part,) in connection.execute(replay_sql.PARTS_TO_LOOK_AT_AGAIN).fetchall():
+        connection.execute(sql.SQL(replay_sql.FULL_OF_PART), ranges[part])
+
+
+def _copy_out(connection: Connection[TupleRow], query: str, part: _Range) -> bytes:
+    with connection.cursor() as cursor:
+        statement = sql.SQL("COPY ({}) TO STDOUT (FORMAT binary)").format(sql.SQL(query))
+        with cursor.copy(statement, part) as copy:
+            return b"".join(bytes(block) for block in copy)
+
+
+def _copy_in(connection: Connection[TupleRow], table: str, rows: bytes) -> None:
+    statement = sql.SQL("COPY {} FROM STDIN (FORMAT binary)").format(sql.Identifier(SHADOW, table))
+    with connection.cursor() as cursor, cursor.copy(statement) as copy:
+        copy.write(rows)
+
+
+def _analyze(connection: Connection[TupleRow], names: Iterable[str]) -> None:
+    for name in names:
+        connection.execute(sql.SQL("ANALYZE {}").format(sql.Identifier(SHADOW, name)))
+
+
+def _end_rules(connection: Connection[TupleRow]) -> None:
+    """Give rules the ends that were set since: their text is made as the service makes it."""
+    ended = connection.execute(replay_sql.END_RULES).fetchall()
+    with connection.cursor() as cursor:
+        cursor.executemany(
+            "UPDATE rules SET rule = %s WHERE (partition, account, unit, rule_id) = (%s, %s, %s, %s)",
+            [
+                (_encode(msgspec.structs.replace(_decode_rule(rule), end_period=end)).decode(), *key)
+                for *key, rule, end in ended
+            ],
+        )
+
+
+def _note_renewals(connection: Connection[TupleRow]) -> None:
+    """Say when rules are renewed next: only the service's own calendar knows."""
+    connection.execute(replay_sql.RENEWALS)
+
+    def renewals() -> Iterator[Row]:
+        for partition, account, text, next_period in connection.execute(replay_sql.RENEWING).fetchall():
+            rule = _decode_rule(text)
+            if rule.end_period is None or next_period < rule.end_period:
+                yield partition, account, boundary(rule, next_period)
+
+    _copy_rows(connection, "renewals", ["partition", "account", "due_at"], list(renewals()))
+
+
+def _fold_claimed_payments(connection: Connection[TupleRow]) -> None:
+    """Payments on which there are claims: what their unit is depends on the order of purchases and claims."""
+    states: dict[int, PartitionState] = {}
+    for (
+        partition,
+        batch,
+        position,
+        transaction,
+        kind,
+        account,
+        unit,
+        lot,
+        lot_kind,
+        posted,
+        *more,
+    ) in connection.execute(replay_sql.CLAIMED).fetchall():
+        occurred_at, recorded_at, details = more
+        entry = Entry(
+            batch=batch,
+            position=position,
+            transaction=transaction,
+            recorded_at=recorded_at,
+            kind=kind,
+            account=account,
+            occurred_at=occurred_at,
+            unit=unit,
+            lot=lot,
+            lot_kind=lot_kind,
+            hold=None,
+            posted=posted,
+            held=0,
+            frozen=0,
+            details=_decode_details(details),
+        )
+        state = states.setdefault(partition, PartitionState())
+        _provide_wallet(state, entry)
+        evolve(state, entry)
+    with connection.cursor() as cursor:
+        cursor.executemany(
+            "UPDATE payments SET unit = %s, paid = %s WHERE (partition, payment, account) = (%s, %s, %s)",
+            [
+                (payment.unit, payment.paid, partition, payment.id, payment.account)
+                for partition, state in states.items()
+                for payment in state.payments.values()
+            ],
+        )
+
+
+def _provide_wallet(state: PartitionState, entry: Entry) -> None:
+    """A wallet for an entry to be added to: what it comes to is not looked at."""
+    since: dict[str, Any] = {"recorded_at": entry.recorded_at, "batch": entry.batch, "position": entry.position}
+    account = state.accounts.get(entry.account)
+    if account is None:
+        account = Account(id=entry.account, opened_at=entry.recorded_at, transaction=entry.transaction, **since)
+        state.accounts[account.id] = account
+    if entry.unit is not None and entry.unit not in account.wallets:
+        wallet = Wallet(account=entry.account, unit=entry.unit, policy="hard", overdraft=0, **since)
+        account.wallets[entry.unit] = wallet
+
+
+# Entry by entry -------------------------------------------------------------------------------------------------------
+
+
+def _rebuild_by_evolve(connection: Connection[TupleRow], on_progress: Callable[[int], None]) -> None:
+    """Each partition that has entries, with the `evolve` of the service."""
+    partition, state = -1, PartitionState()
     for done, row in enumerate(_entries(connection), start=1):
-        if row[0] != current.partition:
-            if current.entries:
-                yield current
-            current = _Rebuilt(row[0])
-        evolve(current.state, _entry(row))
-        current.end = (row[1], row[16])
-        current.entries += 1
+        if row[0] != partition:
+            _copy_state(connection, partition, state)
+            partition, state = row[0], PartitionState()
+        evolve(state, _entry(row))
         if done % FETCH_ROWS == 0:
             on_progress(done)
-    if current.entries:
-        yield current
+    _copy_state(connection, partition, state)
 
 
 def _entries(connection: Connection[TupleRow]) -> Iterator[TupleRow]:
-    """The journal in order. Contras are read, too: each partition's last entry is compared with its head."""
+    """The journal in order, without contras: they carry no balance."""
     with connection.cursor(name="replay") as cursor:
         cursor.itersize = FETCH_ROWS
         cursor.execute(
             """
             SELECT partition, batch, position, transaction_id::text, kind, account, unit, lot_id::text, lot_kind,
-                   hold_id::text, posted, held, frozen, occurred_at, recorded_at, details, hash
+                   hold_id::text, posted, held, frozen, occurred_at, recorded_at, details
             FROM journal ORDER BY partition, batch, position
             """
         )
@@ -157,49 +408,107 @@ def _entry(row: TupleRow) -> Entry:
     )
 
 
-def _copy(connection: Connection[TupleRow], partition: int, state: PartitionState) -> None:
+def _copy_state(connection: Connection[TupleRow], partition: int, state: PartitionState) -> None:
     """Write a partition's state. Its changes are all of it: nothing was there before."""
-    rows = changed_rows(partition, state.changes)
+    rows = changed_rows(partition, state)
     state.changes = Changes()
     for table in tables.PROJECTIONS:
-        _copy_rows(connection, table, rows[table.name])
+        _copy_rows(connection, table.name, [column.name for column in table.columns], rows[table.name])
 
 
-def _copy_rows(connection: Connection[TupleRow], table: Table, rows: Iterable[Row]) -> None:
-    columns = sql.SQL(", ").join(sql.Identifier(column.name) for column in table.columns)
-    statement = sql.SQL("COPY {} ({}) FROM STDIN").format(sql.Identifier(SHADOW, table.name), columns)
+def _copy_rows(connection: Connection[TupleRow], table: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
+    statement = sql.SQL("COPY {} ({}) FROM STDIN").format(
+        sql.Identifier(SHADOW, table), sql.SQL(", ").join(sql.Identifier(column) for column in columns)
+    )
     with connection.cursor() as cursor, cursor.copy(statement) as copy:
         for row in rows:
             copy.write_row(row)
 
 
+# Comparing and swapping -----------------------------------------------------------------------------------------------
+
+
 def _compare(connection: Connection[TupleRow], table: Table) -> Compared:
-    """Every column of every row, as text."""
-    statement = f"""
-        WITH live AS (SELECT t::text AS line FROM {table.name} t),
-             replayed AS (SELECT t::text AS line FROM {SHADOW}.{table.name} t),
-             differing AS (
-                 SELECT 'only live: ' || line AS line
-                 FROM (SELECT line FROM live EXCEPT ALL SELECT line FROM replayed) a
-                 UNION ALL
-                 SELECT 'only replayed: ' || line
-                 FROM (SELECT line FROM replayed EXCEPT ALL SELECT line FROM live) b
-             )
-        SELECT (SELECT count(*) FROM live), (SELECT count(*) FROM replayed), count(*),
-               (array_agg(line ORDER BY substr(line, strpos(line, ':')), line))[1:{DIFFERENCES_SHOWN_MAX}]
-        FROM differing
-        """
-    row: Any = connection.execute(sql.SQL(statement)).fetchone()
+    """Every byte of every row."""
+    row: Any = connection.execute(
+        sql.SQL(
+            """
+            WITH differing AS (
+                SELECT l, s FROM {live} l FULL JOIN {shadow} s ON {same_key}
+                WHERE l.partition IS NULL OR s.partition IS NULL OR l.* *<> s.*
+            ), lines AS (
+                SELECT 'only live: ' || l::text AS line FROM differing WHERE (l).partition IS NOT NULL
+                UNION ALL SELECT 'only replayed: ' || s::text FROM differing WHERE (s).partition IS NOT NULL
+            )
+            SELECT (SELECT count(*) FROM {live}), (SELECT count(*) FROM {shadow}), (SELECT count(*) FROM differing),
+                   (SELECT array_agg(line) FROM (
+                       SELECT line FROM lines ORDER BY substr(line, strpos(line, ':')), line LIMIT {shown}
+                   ) f)
+            """
+        ).format(**_names(table), shown=sql.Literal(DIFFERENCES_SHOWN_MAX))
+    ).fetchone()
     return Compared(table.name, row[0], row[1], row[2], tuple(row[3] or ()))
 
 
-def _heads_astray(connection: Connection[TupleRow], last: dict[int, tuple[int, bytes]]) -> Iterator[str]:
-    for partition, batch, chain_hash in connection.execute("SELECT partition, batch, chain_hash FROM heads ORDER BY 1"):
-        end, hash_of_end = last.get(partition, (0, bytes(32)))
-        if (batch, chain_hash) != (end, hash_of_end):
-            yield f"partition {partition}: its head is at batch {batch}, its journal ends with batch {end}"
+def _replace(connection: Connection[TupleRow], table: Table) -> None:
+    """Have the live table say what the shadow says, row by row where they differ: readers are not kept waiting."""
+    for statement in (
+        "DELETE FROM {live} l WHERE NOT EXISTS (SELECT FROM {shadow} s WHERE {same_key} AND l.* *= s.*)",
+        "INSERT INTO {live} SELECT * FROM {shadow} s WHERE NOT EXISTS (SELECT FROM {live} l WHERE {same_key})",
+    ):
+        connection.execute(sql.SQL(statement).format(**_names(table)))
 
 
-def _count(connection: Connection[TupleRow], table: LiteralString) -> int:
-    row = connection.execute(sql.SQL("SELECT count(*) FROM {}").format(sql.Identifier(table))).fetchone()
-    return 0 if row is None else int(row[0])
+def _names(table: Table) -> Mapping[str, sql.Composable]:
+    keys = [sql.Identifier(column.name) for column in table.primary_key]
+    return {
+        "live": sql.Identifier(LIVE, table.name),
+        "shadow": sql.Identifier(SHADOW, table.name),
+        "same_key": sql.SQL(" AND ").join(sql.SQL("l.{0} = s.{0}").format(key) for key in keys),
+    }
+
+
+def _depose_owners(connection: Connection[TupleRow], owner_url: SecretStr) -> None:
+    """Whoever owns a partition has to take it over anew: what it remembers was read from the tables before.
+
+    For a moment nobody can: so each owner learns that it has lost the partition before it may win it again. Leases are
+    renewed all the time, so they are taken as they are now, and not as they were when all this began.
+    """
+    with psycopg.connect(owner_url.get_secret_value(), autocommit=True, application_name="scrip-replay") as leases:
+        deposed = leases.execute(
+            "UPDATE ledger.leases SET owner = 'replay', epoch = epoch + 1,"
+            " expires_at = clock_timestamp() + make_interval(secs => %s) WHERE epoch > 0 RETURNING partition, epoch",
+            [DEPOSED_SECONDS],
+        ).fetchall()
+    connection.execute(
+        "UPDATE ledger.heads h SET epoch = d.epoch FROM unnest(%s::smallint[], %s::bigint[]) AS d (partition, epoch)"
+        " WHERE d.partition = h.partition AND d.epoch > h.epoch",
+        [[partition for partition, _ in deposed], [epoch for _, epoch in deposed]],
+    )
+
+
+def _heads_astray(connection: Connection[TupleRow]) -> Iterator[str]:
+    """Partitions whose head is not their journal's last entry."""
+    found = connection.execute(
+        """
+        SELECT h.partition, h.batch, coalesce(j.batch, 0)
+        FROM heads h
+        LEFT JOIN LATERAL (
+            SELECT batch, hash FROM journal j WHERE j.partition = h.partition
+            ORDER BY batch DESC, position DESC LIMIT 1
+        ) j ON true
+        WHERE (h.batch, h.chain_hash) <> (coalesce(j.batch, 0), coalesce(j.hash, decode(repeat('00', 32), 'hex')))
+        ORDER BY 1
+        """
+    ).fetchall()
+    for partition, batch, end in found:
+        yield f"partition {partition}: its head is at batch {batch}, its journal ends with batch {end}"
+
+
+def _count(connection: Connection[TupleRow]) -> int:
+    return int(_value(connection, "SELECT count(*) FROM journal"))
+
+
+def _value(connection: Connection[TupleRow], statement: LiteralString) -> Any:
+    row = connection.execute(statement).fetchone()
+    return None if row is None else row[0]

@@ -1,22 +1,26 @@
 """The ledger's statements: heads, loading what a batch needs, writing what it decided. Set-wise; never commits."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from functools import cache
 from typing import Any, Final
 
+import msgspec
 import psycopg
 from psycopg import AsyncConnection, AsyncCursor, sql
 from psycopg.rows import TupleRow
 from sqlalchemy import Table
 from sqlalchemy.dialects import postgresql
 
+from contracts.accounts import root
 from services.kit import dead_letters
 from services.kit.dead_letters import Letter
 from services.kit.outbox import OutboxRow
 from services.ledger import tables
+from services.ledger.domain.commands import LATE_GRACE
 from services.ledger.domain.draft import Head, Recorded
+from services.ledger.domain.entries import payment_of
 
 Connection = AsyncConnection[TupleRow]
 Row = tuple[Any, ...]
@@ -25,41 +29,78 @@ _HEAD_MOVED: Final = "SC001"
 _POSTGRESQL: Final = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy leaves it untyped
 
 
+# Each time one more is asked for, something was found: more than this is no ledger any more.
+ROUNDS_MAX: Final = 1_000
+
+
 class HeadMoved(Exception):
     """A commit was refused: a partition's head is not where the batch was decided on."""
 
 
+class TooEntangled(Exception):
+    """What a batch concerns leads on to ever more lots."""
+
+
 @dataclass(slots=True)
 class Needs:
-    """What a batch has to know, as sets of keys that begin with the partition."""
+    """What a batch has to know, as sets of keys that begin with the partition.
+
+    `accounts`: whole, with wallets, rules, and all lots that are not spent or that a late charge may ask for.
+    `holds`, with the account that names them: if it is theirs and they have ended, with the lots they had earmarked.
+    `payments`, with the account that names them, and whether a claim is made: if one is, or has been, with the claims
+    and every lot of the account's tree that refers to them, and the accounts of those.
+    `lines`: what was charged under these keys before. `past_lines`, with the account they are to be given back to: the
+    lines with what has been given back of them, and the lots they took from. `lots`, with their account: whether spent
+    or not; `repaying` likewise. `past_lots`: those of an account that were valid at a time; only for one longer ago
+    than LATE_GRACE, others come with the account.
+
+    What came to the lots of `past_lines`, `payments`, `repaying` and of holds that were estimated may be given back or
+    taken: they come with the lots that repaid them, and with the payments that any of these refer to, as above; and
+    so on, until there are no more.
+    """
 
     heads: set[int] = field(default_factory=set)
     accounts: set[tuple[int, str]] = field(default_factory=set)
-    holds: set[tuple[int, str]] = field(default_factory=set)
-    # Payment, account, and whether a claim is made on it.
+    holds: set[tuple[int, str, str]] = field(default_factory=set)
     payments: set[tuple[int, str, str, bool]] = field(default_factory=set)
     commands: set[tuple[int, str, str]] = field(default_factory=set)
     lines: set[tuple[int, str, str, int]] = field(default_factory=set)
+    past_lines: set[tuple[int, str, str, int, str]] = field(default_factory=set)
+    lots: set[tuple[int, str, str]] = field(default_factory=set)
+    repaying: set[tuple[int, str, str]] = field(default_factory=set)
+    past_lots: set[tuple[int, str, datetime]] = field(default_factory=set)
     bundles: set[tuple[int, int]] = field(default_factory=set)
 
     def __bool__(self) -> bool:
-        return any((self.heads, self.accounts, self.holds, self.payments, self.commands, self.lines, self.bundles))
+        return any(getattr(self, each.name) for each in fields(self))
 
 
 @dataclass(slots=True)
 class Loaded:
-    """What was found: heads, rows of the projections by table, and what had been accepted and charged before."""
+    """What was found: heads, rows for `projections.add_rows`, and what had been accepted and charged before.
+
+    `reached`: the accounts with lots that refer to payments on which there are, or will be, claims.
+    """
 
     heads: dict[int, Head] = field(default_factory=dict)
     rows: dict[str, list[Row]] = field(default_factory=dict)
+    reached: set[tuple[int, str]] = field(default_factory=set)
     commands: dict[tuple[int, str, str], tuple[bytes, str]] = field(default_factory=dict)
     lines: dict[tuple[int, str, str, int], tuple[object, ...]] = field(default_factory=dict)
     bundles: dict[tuple[int, int], bytes] = field(default_factory=dict)
 
+    def add(self, more: "Loaded") -> None:
+        """Rows that were found later."""
+        for name, rows in more.rows.items():
+            self.rows.setdefault(name, []).extend(rows)
+        self.reached |= more.reached
+
 
 @dataclass(slots=True)
 class Written:
-    """All that one partition's batch adds."""
+    """All that one partition's batch adds. Rows as in the tables, but of `lines` and `reversals` without the last
+    column, which is the batch's time.
+    """
 
     before: Head
     after: Head
@@ -70,6 +111,17 @@ class Written:
     projections: dict[str, list[Row]]
     outbox: list[OutboxRow]
     letters: list[Letter]
+    reversals: list[Row] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What one commit's heads were signed with. `heads` is the text that was signed; it names them all."""
+
+    commit_id: str
+    signature: bytes
+    key_id: str
+    heads: str
 
 
 async def take_heads(connection: Connection, epochs: Mapping[int, int]) -> dict[int, Head]:
@@ -117,42 +169,135 @@ def _heads(rows: Iterable[TupleRow]) -> dict[int, Head]:
 
 
 async def load(connection: Connection, needs: Needs) -> Loaded:
-    """Read what a batch needs, in one round trip."""
+    """Read what a batch needs: in one round trip, and in one more for each step that claims or repayments lead on."""
     if not needs:
         return Loaded()
-    cursors: dict[str, AsyncCursor[TupleRow]] = {}
-    async with connection.pipeline():
-        if needs.heads:
-            cursors["heads"] = await connection.execute(_HEADS, [list(needs.heads)])
-        if needs.accounts:
-            keys = _columns(needs.accounts)
-            for name in ("accounts", "wallets", "lots"):
-                cursors[name] = await connection.execute(_LOAD[name], keys)
-        if needs.holds:
-            keys = _columns(needs.holds)
-            for name in ("holds", "hold_lots"):
-                cursors[name] = await connection.execute(_LOAD[name], keys)
-        if needs.payments:
-            keys = _columns(needs.payments)
-            for name in ("payments", "claims", "payment_lots"):
-                cursors[name] = await connection.execute(_LOAD[name], keys)
-        for name, wanted in (("commands", needs.commands), ("lines", needs.lines), ("bundles", needs.bundles)):
-            if wanted:
-                cursors[name] = await connection.execute(_LOAD[name], _columns(wanted))
-    found = {name: await cursor.fetchall() for name, cursor in cursors.items()}
-    rows: dict[str, list[Row]] = {table.name: found[table.name] for table in tables.PROJECTIONS if table.name in found}
-    # Spent lots, too: they may be given something back.
-    rows["lots"] = [*rows.get("lots", ()), *found.get("payment_lots", ())]
+    found: dict[str, list[TupleRow]] = {}
+    closure, more = _Closure(), needs
+    for _ in range(ROUNDS_MAX):
+        fetched = await _fetch(connection, more)
+        for name, rows_of_name in fetched.items():
+            found.setdefault(name, []).extend(rows_of_name)
+        if not (more := closure.beyond(more, fetched)):
+            break
+    else:
+        raise TooEntangled(f"lots lead to others {ROUNDS_MAX} times over")
+    rows: dict[str, list[Row]] = {}
+    for name, table in _LOADED_AS.items():
+        rows.setdefault(table, []).extend(found.get(name, ()))
     return Loaded(
         heads=_heads(found.get("heads", ())),
         rows=rows,
+        reached={(row[0], row[1]) for row in found.get("paid_accounts", ())},
         commands={(row[0], row[1], row[2]): (row[3], row[4]) for row in found.get("commands", ())},
         lines={(row[0], row[1], row[2], row[3]): tuple(row[4:]) for row in found.get("lines", ())},
         bundles={(row[0], row[1]): row[2] for row in found.get("bundles", ())},
     )
 
 
-async def write(connection: Connection, batch: Sequence[Written]) -> None:
+async def _fetch(connection: Connection, needs: Needs) -> dict[str, list[TupleRow]]:
+    """The rows that each statement of `_LOAD` finds."""
+    cursors: dict[str, AsyncCursor[TupleRow]] = {}
+    async with connection.pipeline():
+        if needs.heads:
+            cursors["heads"] = await connection.execute(_HEADS, [list(needs.heads)])
+        for wanted, names in _LOADED_BY.items():
+            if keys := getattr(needs, wanted):
+                columns = _columns(keys)
+                for name in names:
+                    cursors[name] = await connection.execute(_LOAD[name], columns)
+    return {name: await cursor.fetchall() for name, cursor in cursors.items()}
+
+
+class _Closure:
+    """What was followed so far: lots to those that repaid them, and to the payments that they refer to."""
+
+    def __init__(self) -> None:
+        self._lots: set[tuple[int, str]] = set()
+        self._payments: set[tuple[int, str, str]] = set()
+
+    def beyond(self, needs: Needs, found: Mapping[str, list[TupleRow]]) -> Needs:
+        """What `found`, which is what was needed, leads on to."""
+        self._payments.update((partition, payment, root(account)) for partition, payment, account, _ in needs.payments)
+        more = Needs()
+        lots = [lot for name in _FOLLOWED for lot in found.get(name, ())]
+        if estimated := {(row[0], row[1]) for row in found.get("holds", ()) if row[_STATUS] == "estimated"}:
+            earmarked = {(row[0], row[_EARMARKED_LOT]) for row in found.get("hold_lots", ()) if row[:2] in estimated}
+            lots += [row for row in found.get("earmarked", ()) if row[:2] in earmarked]
+        for lot in lots:
+            partition, account, reference, repaid = lot[0], lot[_ACCOUNT], lot[_REFERENCE], lot[_REPAID]
+            self._lots.add((partition, str(lot[1])))
+            # Of whatever kind: a debt in a purchase's stead, too.
+            if reference is not None and (payment := payment_of("purchase", reference)) is not None:
+                key = (partition, payment, root(account))
+                if key not in self._payments:
+                    self._payments.add(key)
+                    more.payments.add((partition, payment, account, False))
+            if repaid is not None:
+                more.repaying.update((partition, name, account) for name in msgspec.json.decode(repaid))
+        more.repaying = {each for each in more.repaying if each[:2] not in self._lots}
+        return more
+
+
+def _place(table: Table, column: str) -> int:
+    return list(table.columns.keys()).index(column)
+
+
+# Which rows are lots that are followed, and where in a row something stands.
+_FOLLOWED: Final = ("line_lots", "paid_lots", "repaying")
+_ACCOUNT: Final = _place(tables.lots, "account")
+_REFERENCE: Final = _place(tables.lots, "reference")
+_REPAID: Final = _place(tables.lots, "repaid")
+_STATUS: Final = _place(tables.holds, "status")
+_EARMARKED_LOT: Final = _place(tables.hold_lots, "lot_id")
+
+
+async def due_accounts(
+    connection: Connection, partitions: Iterable[int], at: datetime, limit: int
+) -> list[tuple[int, str]]:
+    """Accounts on whose wallets something is due by a time, and their partitions: the longest overdue first."""
+    cursor = await connection.execute(
+        """
+        SELECT partition, account FROM accounts
+        WHERE partition = ANY (%s) AND due_at <= %s ORDER BY due_at, partition, account LIMIT %s
+        """,
+        [list(partitions), at, limit],
+    )
+    return [(int(partition), str(account)) for partition, account in await cursor.fetchall()]
+
+
+async def overdue_holds(
+    connection: Connection, partitions: Iterable[int], at: datetime, limit: int
+) -> list[tuple[int, str, str]]:
+    """Open holds whose deadline is at a time or before, as (partition, hold, account): the longest overdue first."""
+    cursor = await connection.execute(
+        """
+        SELECT partition, hold_id::text, account FROM holds
+        WHERE partition = ANY (%s) AND status = 'placed' AND expires_at <= %s
+        ORDER BY expires_at, partition, hold_id LIMIT %s
+        """,
+        [list(partitions), at, limit],
+    )
+    return [(int(partition), str(hold), str(account)) for partition, hold, account in await cursor.fetchall()]
+
+
+async def oldest_due(
+    connection: Connection, partitions: Iterable[int], at: datetime
+) -> tuple[datetime | None, datetime | None]:
+    """Since when something has been due on an account, and since when a hold has been overdue; null: nothing is."""
+    cursor = await connection.execute(
+        """
+        SELECT (SELECT min(due_at) FROM accounts WHERE partition = ANY (%(partitions)s) AND due_at <= %(at)s),
+               (SELECT min(expires_at) FROM holds
+                WHERE partition = ANY (%(partitions)s) AND status = 'placed' AND expires_at <= %(at)s)
+        """,
+        {"partitions": list(partitions), "at": at},
+    )
+    accounts, holds = await cursor.fetchone() or (None, None)
+    return accounts, holds
+
+
+async def write(connection: Connection, batch: Sequence[Written], signature: Signature | None = None) -> None:
     """Write what was decided, and commit, in one round trip. HeadMoved: nothing was, another owner was first."""
     try:
         async with connection.pipeline():
@@ -160,7 +305,14 @@ async def write(connection: Connection, batch: Sequence[Written]) -> None:
             await _insert(connection, tables.journal, [_entry_row(one, each) for one in batch for each in one.entries])
             await _insert(connection, tables.commands, [row for one in batch for row in one.commands])
             await _insert(connection, tables.bundles, [row for one in batch for row in one.bundles])
-            await _insert(connection, tables.charge_lines, [row for one in batch for row in one.lines])
+            for table, name in ((tables.charge_lines, "lines"), (tables.reversals, "reversals")):
+                await _insert(
+                    connection,
+                    table,
+                    [(*row, one.after.recorded_at) for one in batch for row in getattr(one, name)],
+                )
+            if signature is not None:
+                await _insert(connection, tables.signatures, _signature_rows(batch, signature))
             for table in tables.PROJECTIONS:
                 await _upsert(connection, table, [row for one in batch for row in one.projections[table.name]])
             await _insert(connection, tables.outbox, [_outbox_row(row) for one in batch for row in one.outbox])
@@ -170,6 +322,24 @@ async def write(connection: Connection, batch: Sequence[Written]) -> None:
         if error.sqlstate == _HEAD_MOVED:
             raise HeadMoved(f"partitions {error.diag.message_detail}") from error
         raise
+
+
+def _signature_rows(batch: Sequence[Written], signature: Signature) -> list[Row]:
+    """One for each head that has a new hash. What was signed, all of them, stands in the first alone."""
+    moved = [one.after for one in batch if one.after.batch != one.before.batch]
+    first = min((head.partition for head in moved), default=None)
+    return [
+        (
+            head.partition,
+            head.batch,
+            head.chain_hash,
+            signature.commit_id,
+            signature.signature,
+            signature.key_id,
+            signature.heads if head.partition == first else "",
+        )
+        for head in moved
+    ]
 
 
 async def _advance_heads(connection: Connection, batch: Sequence[Written]) -> None:
@@ -234,22 +404,28 @@ def _columns(rows: Iterable[Sequence[Any]]) -> list[str]:
     return [_array(column) for column in zip(*rows, strict=True)]
 
 
-def _array(values: Sequence[Any]) -> str:
-    """An array literal of integers, booleans, texts, times or bytes, and nulls."""
+def _array(values: Sequence[Any]) -> str:  # noqa: PLR0911 - one for each kind of column
+    """An array literal of integers, booleans, texts, times or bytes, and nulls. Many a column is one value."""
+    first, count = values[0], len(values)
+    if values.count(first) == count:
+        one = "NULL" if first is None else _element(first)
+        return "{" + f"{one}," * (count - 1) + one + "}"
     if None in values:
-        return "{" + ",".join(["NULL" if value is None else f'"{_quoted(_text(value))}"' for value in values]) + "}"
-    match values[0]:
+        return "{" + ",".join(["NULL" if value is None else _element(value) for value in values]) + "}"
+    match first:
         case bool():
             return "{" + ",".join(["t" if value else "f" for value in values]) + "}"
         case int():
             return "{" + ",".join(map(str, values)) + "}"
-        case str():
-            texts = values
+        case bytes():
+            return '{"\\\\x' + '","\\\\x'.join([value.hex() for value in values]) + '"}'
+        case datetime():
+            return '{"' + '","'.join([value.isoformat() for value in values]) + '"}'
         case _:
-            texts = [_text(value) for value in values]
+            texts = values
     joined = _SEPARATOR.join(texts)
     if joined.count(_SEPARATOR) != len(values) - 1:
-        return "{" + ",".join([f'"{_quoted(text)}"' for text in texts]) + "}"
+        return "{" + ",".join([_element(text) for text in texts]) + "}"
     return '{"' + _quoted(joined).replace(_SEPARATOR, '","') + '"}'
 
 
@@ -261,16 +437,16 @@ def _quoted(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"')
 
 
-def _text(value: Any) -> str:
+def _element(value: Any) -> str:
     match value:
         case str():
-            return value
+            return f'"{_quoted(value)}"'
         case bool():
             return "t" if value else "f"
         case bytes():
-            return f"\\x{value.hex()}"
+            return f'"\\\\x{value.hex()}"'
         case datetime():
-            return value.isoformat()
+            return f'"{value.isoformat()}"'
         case _:
             return str(value)
 
@@ -291,46 +467,137 @@ def _replacing(table: Table) -> sql.SQL:
     return sql.SQL(f" ON CONFLICT ({key}) DO UPDATE SET {values}")
 
 
-def _select(table: Table, *, keys: Mapping[str, str], on: str | None = None, also: str = "") -> sql.SQL:
+def _select(table: Table, *, keys: Mapping[str, str], on: str | None = None) -> sql.SQL:
     """SELECT of all columns of the rows with the keys, which are handed over as arrays of the named types.
 
     `on` says which rows `t` belong to a key `k`, if not those with its columns.
     """
     columns = ", ".join(f"t.{column.name}" for column in table.columns)
-    arrays = ", ".join(f"%s::{kind}[]" for kind in keys.values())
-    names = ", ".join(keys)
-    join = f"USING ({names})" if on is None else f"ON {on}"
-    statement = f"SELECT {columns} FROM unnest({arrays}) AS k ({names}) JOIN {table.name} t {join} {also}"
+    join = f"USING ({', '.join(keys)})" if on is None else f"ON {on}"
+    statement = f"SELECT {columns} FROM {_keys(keys)} JOIN {table.name} t {join}"
     return sql.SQL(statement)
 
 
-_ACCOUNT_KEYS: Final = {"partition": "smallint", "account": "text"}
-_HOLD_KEYS: Final = {"partition": "smallint", "hold_id": "uuid"}
+def _keys(keys: Mapping[str, str]) -> str:
+    arrays = ", ".join(f"%s::{kind}[]" for kind in keys.values())
+    return f"unnest({arrays}) AS k ({', '.join(keys)})"
 
+
+_ACCOUNT_KEYS: Final = {"partition": "smallint", "account": "text"}
+_HOLD_KEYS: Final = {"partition": "smallint", "hold_id": "uuid", "account": "text"}
+_LOT_KEYS: Final = {"partition": "smallint", "lot_id": "uuid", "account": "text"}
+_PAST_KEYS: Final = {"partition": "smallint", "account": "text", "at": "timestamptz"}
+_LINE_KEYS: Final = {"partition": "smallint", "source": "text", "event_id": "text", "revision": "integer"}
 _PAYMENT_KEYS: Final = {"partition": "smallint", "payment": "text", "account": "text", "claiming": "boolean"}
-_OF_PAYMENT: Final = "t.partition = k.partition AND t.payment = k.payment AND t.account = k.account"
-# A claim has to know if the payment is another account's.
-_PAYMENT: Final = (
-    "t.partition = k.partition AND t.payment = k.payment AND (t.account = k.account OR (k.claiming AND t.paid > 0))"
+
+_SAME_LOT: Final = "t.partition = k.partition AND t.lot_id = k.lot_id AND t.account = k.account"
+_SAME_HOLD: Final = "t.partition = k.partition AND t.hold_id = k.hold_id"
+_SAME_LINE: Final = (
+    "t.partition = k.partition AND t.source = k.source AND t.event_id = k.event_id AND t.revision = k.revision"
 )
+_SAME_TREE: Final = "split_part(t.account, '/', 1) = split_part(k.account, '/', 1)"
+# A claim has to know if the payment is another tree's.
+_PAYMENT: Final = (
+    f"t.partition = k.partition AND t.payment = k.payment AND ((k.claiming AND t.paid > 0) OR {_SAME_TREE})"
+)
+_CLAIM: Final = f"t.partition = k.partition AND t.payment = k.payment AND {_SAME_TREE}"
 # A grant changes its payment's other lots only if something has been claimed.
-_PAYMENT_LOTS: Final = """
-t.partition = k.partition AND t.reference = k.payment AND t.account = k.account AND t.kind IN ('purchase', 'bonus')
-AND (k.claiming OR EXISTS (
-    SELECT FROM payments p
-    WHERE p.partition = k.partition AND p.payment = k.payment AND p.account = k.account AND p.claimed > 0
+_CLAIMED: Final = """
+(k.claiming OR (
+    SELECT true FROM payments p
+    WHERE p.partition = k.partition AND p.payment = k.payment AND (p.claimed > 0 OR p.disputed > 0) LIMIT 1
 ))
 """
+# Accounts with lots that refer to a payment.
+_PAID_ACCOUNTS: Final = f"""
+SELECT DISTINCT t.partition, t.account
+FROM {{keys}} JOIN lots t ON t.partition = k.partition AND t.reference = k.payment AND {_SAME_TREE} AND {_CLAIMED}
+"""
+# Of an account in use: what is not spent, and what ended so lately that a late charge may ask for it.
+_ACCOUNT_LOTS: Final = """
+WITH a AS ({accounts})
+SELECT {columns} FROM a JOIN lots t USING (partition, account) WHERE NOT t.spent
+UNION ALL
+SELECT {columns} FROM a JOIN heads h USING (partition) JOIN lots t USING (partition, account)
+WHERE t.spent AND (t.rule_id IS NOT NULL OR t.expired > 0) AND t.expires_at > h.recorded_at - interval '{late_grace}'
+"""
+_PAST_LOTS: Final = """
+t.partition = k.partition AND t.account = k.account AND t.spent AND (t.rule_id IS NOT NULL OR t.expired > 0)
+AND t.expires_at > k.at AND (t.effective_at IS NULL OR t.effective_at <= k.at)
+"""
+# Of an ended hold, and only for its own account: what it had earmarked.
+_EARMARKED: Final = """
+SELECT {columns} FROM {keys}
+JOIN holds h ON h.partition = k.partition AND h.hold_id = k.hold_id AND h.account = k.account AND h.status <> 'placed'
+JOIN hold_lots e ON e.partition = h.partition AND e.hold_id = h.hold_id
+JOIN lots t ON t.partition = e.partition AND t.lot_id = e.lot_id
+"""
+# What lines took from.
+_LINE_LOTS: Final = f"""
+WITH taken AS (
+    SELECT DISTINCT t.partition, (part ->> 2)::uuid AS lot_id
+    FROM {{keys}} JOIN charge_lines t ON {_SAME_LINE} AND t.account = k.account,
+         jsonb_array_elements(t.split::jsonb) AS part
+)
+SELECT {{columns}} FROM taken JOIN lots t USING (partition, lot_id)
+"""
+# What refers to a payment, debts in its stead, too.
+_PAID_LOTS: Final = f"""
+SELECT {{columns}} FROM {{keys}}
+JOIN lots t ON t.partition = k.partition AND t.reference = k.payment AND {_SAME_TREE} AND {_CLAIMED}
+"""
 
+
+def _statement(text: str, *, table: Table | None = None, keys: Mapping[str, str]) -> sql.SQL:
+    """A statement in which {keys} stands for the keys `k`, and {columns} for all columns of the table's rows `t`."""
+    columns = "" if table is None else ", ".join(f"t.{column.name}" for column in table.columns)
+    accounts = _PAID_ACCOUNTS if keys is _PAYMENT_KEYS else "SELECT * FROM {keys}"
+    grace = f"{LATE_GRACE.total_seconds():.0f} seconds"
+    filled = text.replace("{late_grace}", grace).replace("{accounts}", accounts)
+    filled = filled.replace("{keys}", _keys(keys)).replace("{columns}", columns)
+    return sql.SQL(filled)
+
+
+_OF_PAID_ACCOUNT: Final = "SELECT {columns} FROM ({accounts}) k JOIN"
 _LOAD: Final[Mapping[str, sql.SQL]] = {
     "accounts": _select(tables.accounts, keys=_ACCOUNT_KEYS),
     "wallets": _select(tables.wallets, keys=_ACCOUNT_KEYS),
-    "lots": _select(tables.lots, keys=_ACCOUNT_KEYS, also="WHERE NOT t.spent"),
-    "holds": _select(tables.holds, keys=_HOLD_KEYS),
-    "hold_lots": _select(tables.hold_lots, keys=_HOLD_KEYS),
+    "rules": _select(tables.rules, keys=_ACCOUNT_KEYS),
+    "account_lots": _statement(_ACCOUNT_LOTS, table=tables.lots, keys=_ACCOUNT_KEYS),
+    "holds": _select(tables.holds, keys=_HOLD_KEYS, on=_SAME_HOLD),
+    "hold_lots": _select(tables.hold_lots, keys=_HOLD_KEYS, on=_SAME_HOLD),
+    "earmarked": _statement(_EARMARKED, table=tables.lots, keys=_HOLD_KEYS),
     "payments": _select(tables.payments, keys=_PAYMENT_KEYS, on=_PAYMENT),
-    "claims": _select(tables.claims, keys=_PAYMENT_KEYS, on=_OF_PAYMENT),
-    "payment_lots": _select(tables.lots, keys=_PAYMENT_KEYS, on=_PAYMENT_LOTS),
+    "claims": _select(tables.claims, keys=_PAYMENT_KEYS, on=_CLAIM),
+    "paid_accounts": _statement(
+        f"{_OF_PAID_ACCOUNT} accounts t USING (partition, account)", table=tables.accounts, keys=_PAYMENT_KEYS
+    ),
+    "paid_wallets": _statement(
+        f"{_OF_PAID_ACCOUNT} wallets t USING (partition, account)", table=tables.wallets, keys=_PAYMENT_KEYS
+    ),
+    "paid_rules": _statement(
+        f"{_OF_PAID_ACCOUNT} rules t USING (partition, account)", table=tables.rules, keys=_PAYMENT_KEYS
+    ),
+    "paid_account_lots": _statement(_ACCOUNT_LOTS, table=tables.lots, keys=_PAYMENT_KEYS),
+    "paid_lots": _statement(_PAID_LOTS, table=tables.lots, keys=_PAYMENT_KEYS),
+    "lots": _select(tables.lots, keys=_LOT_KEYS, on=_SAME_LOT),
+    "repaying": _select(tables.lots, keys=_LOT_KEYS, on=_SAME_LOT),
+    "past_lots": _select(tables.lots, keys=_PAST_KEYS, on=_PAST_LOTS),
+    "past_lines": _statement(
+        f"""
+        SELECT t.partition, t.source, t.event_id, t.revision, t.account, t.occurred_at, t.hold_id, t.amounts, t.split
+        FROM {{keys}} JOIN charge_lines t ON {_SAME_LINE}
+        """,
+        keys=_LINE_KEYS | {"account": "text"},
+    ),
+    "reversals": _statement(
+        f"""
+        SELECT t.partition, t.source, t.event_id, t.revision, t.split
+        FROM {{keys}} JOIN reversals t ON {_SAME_LINE} ORDER BY t.batch, t.position
+        """,
+        keys=_LINE_KEYS | {"account": "text"},
+    ),
+    "line_lots": _statement(_LINE_LOTS, table=tables.lots, keys=_LINE_KEYS | {"account": "text"}),
     "commands": sql.SQL(
         """
         SELECT t.partition, t.principal, t.idempotency_key, t.body_hash, t.outcome
@@ -338,13 +605,13 @@ _LOAD: Final[Mapping[str, sql.SQL]] = {
         JOIN commands t USING (partition, principal, idempotency_key)
         """
     ),
-    "lines": sql.SQL(
-        """
+    "lines": _statement(
+        f"""
         SELECT t.partition, t.source, t.event_id, t.revision,
                t.account, t.occurred_at, t.hold_id::text, t.scope, t.price_version, t.own_key, t.amounts
-        FROM unnest(%s::smallint[], %s::text[], %s::text[], %s::integer[]) AS k (partition, source, event_id, revision)
-        JOIN charge_lines t USING (partition, source, event_id, revision)
-        """
+        FROM {{keys}} JOIN charge_lines t ON {_SAME_LINE}
+        """,
+        keys=_LINE_KEYS,
     ),
     "bundles": sql.SQL(
         """
@@ -352,4 +619,50 @@ _LOAD: Final[Mapping[str, sql.SQL]] = {
         FROM unnest(%s::smallint[], %s::bigint[]) AS k (partition, number) JOIN bundles t USING (partition, number)
         """
     ),
+}
+
+# By what is needed: the statements that read it.
+_LOADED_BY: Final[Mapping[str, tuple[str, ...]]] = {
+    "accounts": ("accounts", "wallets", "rules", "account_lots"),
+    "holds": ("holds", "hold_lots", "earmarked"),
+    "payments": (
+        "payments",
+        "claims",
+        "paid_accounts",
+        "paid_wallets",
+        "paid_rules",
+        "paid_account_lots",
+        "paid_lots",
+    ),
+    "lots": ("lots",),
+    "repaying": ("repaying",),
+    "past_lots": ("past_lots",),
+    "past_lines": ("past_lines", "reversals", "line_lots"),
+    "commands": ("commands",),
+    "lines": ("lines",),
+    "bundles": ("bundles",),
+}
+
+# By statement: what its rows are to `projections.add_rows`.
+_LOADED_AS: Final[Mapping[str, str]] = {
+    "accounts": "accounts",
+    "paid_accounts": "accounts",
+    "wallets": "wallets",
+    "paid_wallets": "wallets",
+    "rules": "rules",
+    "paid_rules": "rules",
+    "account_lots": "lots",
+    "paid_account_lots": "lots",
+    "earmarked": "lots",
+    "paid_lots": "lots",
+    "lots": "lots",
+    "repaying": "lots",
+    "past_lots": "lots",
+    "line_lots": "lots",
+    "holds": "holds",
+    "hold_lots": "hold_lots",
+    "payments": "payments",
+    "claims": "claims",
+    "past_lines": "past_lines",
+    "reversals": "reversals",
 }

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Final
 
 import msgspec
@@ -28,7 +29,7 @@ from services.kit.reader import PullReader
 from services.kit.redelivery import place_of, retry_delay_seconds
 from services.kit.settings import ServiceSettings
 from services.kit.telemetry import FAULTS, MESSAGES, get_logger
-from services.ledger.domain.commands import Units
+from services.ledger.domain.commands import Command, Units
 from services.ledger.engine import Owners
 from services.ledger.handlers import (
     CHARGES_STOPPED,
@@ -36,6 +37,7 @@ from services.ledger.handlers import (
     CommandItem,
     Conflicting,
     Item,
+    ListItem,
     NotOwner,
     OutOfOrder,
     Replied,
@@ -51,16 +53,25 @@ from services.ledger.translate import (
     model_problems,
     read_bundle,
     read_command,
+    read_list,
     read_traceparents,
     refused_as,
 )
 
 log = get_logger(__name__)
 
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How large what is asked may be: bytes of a body, commands of a list."""
+
+    body_bytes_max: int
+    list_commands_max: int
+
+
 # What is not the fault of one item: all of a batch are told to try again.
 TRY_AGAIN: Final = (psycopg.OperationalError, psycopg.InterfaceError, TimeoutError, HeadMoved)
 
-COMMAND_BYTES_MAX: Final = 64 << 10
 # Twice as many per partition are on their way or buffered, and age there.
 BUNDLES_PER_PARTITION_MAX: Final = 4
 BUNDLES_AT_ONCE_MAX: Final = 32
@@ -76,10 +87,11 @@ PAYMENT_SHARE: Final = 0.8
 class CommandSubscriber:
     """Answers the commands of the partitions owned here. The caller's name is the last token of the subject."""
 
-    def __init__(self, client: Client, *, batcher: Batcher[Item, Result], units: Units) -> None:
+    def __init__(self, client: Client, *, batcher: Batcher[Item, Result], units: Units, limits: Limits) -> None:
         self._client = client
         self._batcher = batcher
         self._units = units
+        self._limits = limits
         self._subscriptions: dict[int, Subscription] = {}
         self._answering: set[asyncio.Task[None]] = set()
 
@@ -138,11 +150,11 @@ class CommandSubscriber:
 
     async def _decide(self, message: Msg) -> bytes:
         try:
-            item = read_command_message(message.subject, message.data, self._units)
+            item = read_command_message(message.subject, message.data, self._units, limits=self._limits)
         except Invalid as error:
             return _json(refused_as(error))
         try:
-            result = await self._batcher.submit(item)
+            result = await self._batcher.submit(item, cost=len(item.commands) if isinstance(item, ListItem) else 1)
         except Busy as error:
             return _json(words.Failed(code="busy", message=str(error)))
         except (*TRY_AGAIN, Stopped) as error:
@@ -156,26 +168,51 @@ class CommandSubscriber:
                 return _json(words.Failed(code="unavailable", message="the partition has just got another owner"))
 
 
-def read_command_message(subject: str, body: bytes, units: Units) -> CommandItem:
+def read_command_message(subject: str, body: bytes, units: Units, *, limits: Limits) -> CommandItem | ListItem:
     """A request as an item. Raises Invalid."""
     *_, partition, name, principal = subject.split(".")
-    if len(body) > COMMAND_BYTES_MAX:
-        raise Invalid.of("", f"a command has at most {COMMAND_BYTES_MAX} bytes, this one has {len(body)}")
+    if len(body) > limits.body_bytes_max:
+        raise Invalid.of("", f"a command has at most {limits.body_bytes_max} bytes, this one has {len(body)}")
     try:
         command = words.COMMANDS.validate_json(body)
     except ValidationError as error:
         raise Invalid(model_problems(error)) from error
-    account = command.line.account if isinstance(command, words.Charge) else command.account
     if command.command != name:
         raise Invalid.of("/command", f"the subject says {name}")
+    account = command.account
     if token(partition_of(account)) != partition:
         raise Invalid.of("/account", f"{account} lives in partition {token(partition_of(account))}, not {partition}")
+    if isinstance(command, words.CommandList):
+        if len(command.commands) > limits.list_commands_max:
+            most = limits.list_commands_max
+            raise Invalid.of("/commands", f"a list has at most {most} commands, this one has {len(command.commands)}")
+        return _list_item(command, int(partition), principal, units)
+    return _command_item(command, int(partition), principal, read_command(command, units, principal=principal))
+
+
+def _list_item(asked: words.CommandList, partition: int, principal: str, units: Units) -> ListItem:
+    commands = read_list(asked, units, principal=principal)
+    return ListItem(
+        partition=partition,
+        principal=principal,
+        commands=tuple(
+            _command_item(command, partition, principal, read)
+            for command, read in zip(asked.commands, commands, strict=True)
+        ),
+        key=asked.idempotency_key,
+        body_hash=body_hash(asked),
+        dry_run=asked.dry_run,
+    )
+
+
+def _command_item(command: words.Command, partition: int, principal: str, read: Command) -> CommandItem:
     return CommandItem(
-        partition=int(partition),
+        partition=partition,
         principal=principal,
         key=command.idempotency_key,
         body_hash=body_hash(command),
-        command=read_command(command, units),
+        command=read,
+        dry_run=command.dry_run,
     )
 
 

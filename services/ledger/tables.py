@@ -1,7 +1,7 @@
 """The tables of the schema `ledger`. All begin with `partition`. The migrations make them; these lines describe them.
 
-The record is append-only: journal, commands, bundles, charge_lines. The projections are sums over the journal, and a
-replay rebuilds them: accounts, wallets, lots, holds, hold_lots, payments, claims.
+The record is append-only: journal, commands, bundles, charge_lines, reversals, signatures. The projections are sums
+over the journal, and a replay rebuilds them: accounts, wallets, rules, lots, holds, hold_lots, payments, claims.
 """
 
 from typing import Any, Final
@@ -103,6 +103,7 @@ bundles = Table(
 )
 
 # What each use was charged, once, and from which lots. `split`: [[account, unit, lot, lot kind, posted, held], …].
+# `recorded_at` is the batch's; lines of a time, and so of a transaction, are found by it.
 charge_lines = Table(
     "charge_lines",
     metadata,
@@ -122,8 +123,40 @@ charge_lines = Table(
     _value("line_number", Integer),
     _value("batch", BigInteger),
     _value("transaction_id", UUID),
+    _time("recorded_at"),
 )
 
+# What of a charge line was given back. `position` is that of the first entry that does so, `split` is as it was given
+# back: [[account, unit, lot, posted], …], by the lots that the line took from, and above zero.
+reversals = Table(
+    "reversals",
+    metadata,
+    _key("partition", SmallInteger),
+    _key("source", Text),
+    _key("event_id", Text),
+    _key("revision", Integer),
+    _key("batch", BigInteger),
+    _key("position", Integer),
+    _value("transaction_id", UUID),
+    _value("split", Text),
+    _value("reason", Text, nullable=True),
+    _time("recorded_at"),
+)
+
+# One for each head that a commit moved, by which `heads` names them all: that text is what was signed.
+signatures = Table(
+    "signatures",
+    metadata,
+    _key("partition", SmallInteger),
+    _key("batch", BigInteger),
+    _value("chain_hash", LargeBinary),
+    _value("commit_id", Text),
+    _value("signature", LargeBinary),
+    _value("key_id", Text),
+    _value("heads", Text),
+)
+
+# `due_at`: when something is due on a wallet of the account, a lot's end or a renewal; null: never.
 accounts = Table(
     "accounts",
     metadata,
@@ -134,8 +167,10 @@ accounts = Table(
     _value("batch", BigInteger),
     _value("position", Integer),
     _value("transaction_id", UUID),
+    _time("due_at", nullable=True),
 )
 
+# `thresholds`, `low`: JSON, as in the journal; in `low` null stands for exhausted. `full_posted` is the state's `full`.
 wallets = Table(
     "wallets",
     metadata,
@@ -151,9 +186,32 @@ wallets = Table(
     _value("held", BigInteger),
     _value("frozen", BigInteger),
     _value("overage", BigInteger),
+    _value("thresholds", Text),
+    _value("uncapped", BigInteger),
+    _value("owed", BigInteger),
+    _value("owing", BigInteger),
+    _value("full_posted", BigInteger),
+    _value("low", Text),
+)
+
+# Recurring grants. `rule`: JSON, as in the journal.
+rules = Table(
+    "rules",
+    metadata,
+    _key("partition", SmallInteger),
+    _key("account", Text),
+    _key("unit", Text),
+    _key("rule_id", Text),
+    _value("rule", Text),
+    _value("next_period", BigInteger),
+    _value("ended", Boolean),
+    _time("recorded_at"),
+    _value("batch", BigInteger),
+    _value("position", Integer),
 )
 
 # `spent` stands for "nothing is left", so that an index can leave those lots out and updates stay in their page.
+# `scope`, `repaid`: JSON; a debt's `repaid` is null until something of it is.
 lots = Table(
     "lots",
     metadata,
@@ -181,6 +239,13 @@ lots = Table(
     _value("clawed", BigInteger),
     _value("clawed_spent", BigInteger),
     _value("pending", BigInteger),
+    _value("rule_id", Text, nullable=True),
+    _value("period", BigInteger, nullable=True),
+    _value("expired", BigInteger),
+    _value("void", Boolean),
+    _value("voided", BigInteger),
+    _value("pending_frozen", BigInteger),
+    _value("repaid", Text, nullable=True),
 )
 
 holds = Table(
@@ -198,6 +263,7 @@ holds = Table(
     _value("batch", BigInteger),
     _value("position", Integer),
     _time("ended_at", nullable=True),
+    _value("scope", Text, nullable=True),
 )
 
 hold_lots = Table(
@@ -210,9 +276,10 @@ hold_lots = Table(
     _key("lot_id", UUID),
     _value("placed", BigInteger),
     _value("held", BigInteger),
+    _value("estimated", BigInteger),
 )
 
-# What an account was granted for a payment, and what of it has gone back for good, by all claims on it.
+# What an account was granted for a payment; what has gone back of it for good, and what open claims are about, in all.
 payments = Table(
     "payments",
     metadata,
@@ -225,6 +292,7 @@ payments = Table(
     _time("recorded_at"),
     _value("batch", BigInteger),
     _value("position", Integer),
+    _value("disputed", Numeric),
 )
 
 claims = Table(
@@ -245,7 +313,8 @@ claims = Table(
     _value("position", Integer),
 )
 
-PROJECTIONS: Final = (accounts, wallets, lots, holds, hold_lots, payments, claims)
+RECORD: Final = (journal, commands, bundles, charge_lines, reversals, signatures)
+PROJECTIONS: Final = (accounts, wallets, rules, lots, holds, hold_lots, payments, claims)
 
 outbox = outbox_table(metadata)
 relayed = relayed_table(metadata)

@@ -1,7 +1,7 @@
 """Between the words of the contracts and the ledger's own: decimal strings and integers, prefixed ids and UUIDs."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from hashlib import sha256
@@ -17,6 +17,7 @@ from contracts.ids import Kind as IdKind
 from contracts.ids import make_id, partition_of_id
 from contracts.metering import CHARGES_RATED, LINES_MAX
 from contracts.metering import ChargeLine as ContractLine
+from contracts.metering import Scope as ContractScope
 from contracts.money import Amount, Unit, format_amount, parse_amount
 from contracts.partition import PARTITION_COUNT, partition_of, token
 from contracts.streams import charges_rated_subject, ledger_fact_subject
@@ -24,22 +25,50 @@ from contracts.times import TIME_MAX, TIME_MIN
 from services.kit.dead_letters import Unreadable
 from services.kit.outbox import OutboxRow
 from services.ledger.domain.commands import (
+    Adjust,
+    ChangePlan,
     ChargeLine,
     ClaimPayment,
     Command,
+    EndRule,
+    ExtendHold,
     Grant,
     Leg,
+    LotScope,
     OpenAccount,
     PlaceHold,
     ReleaseHold,
+    ReverseCharge,
+    Rule,
     Scope,
+    SetRule,
+    SetWallet,
+    Threshold,
+    Transfer,
     Units,
+    VoidGrant,
+    WalletTerms,
 )
-from services.ledger.domain.entries import HoldPlaced, LotGranted, Move, is_contra
-from services.ledger.domain.errors import InsufficientFunds, Refusal
+from services.ledger.domain.entries import (
+    PSEUDO_KINDS,
+    BalanceCrossed,
+    HoldExtended,
+    HoldPlaced,
+    LotGranted,
+    LotVoided,
+    Move,
+    is_contra,
+)
+from services.ledger.domain.entries import PaymentClaimed as ClaimNoted
+from services.ledger.domain.errors import InsufficientFunds, MoreThanCharged, Refusal
 from services.ledger.domain.state import Wallet
+from services.ledger.signing import SignedHeads
+
+# Of a charge line that nobody gave a time: it occurs when it is recorded. No message can say so.
+WHEN_RECORDED: Final = TIME_MAX
 
 _PREFIXED_HOLD: Final = len("hold_00_")
+_PREFIXED_LOT: Final = len("lot_00_")
 _encode: Final = msgspec.json.Encoder(order="sorted").encode
 
 
@@ -68,53 +97,23 @@ class Invalid(ValueError):
 # Commands -------------------------------------------------------------------------------------------------------------
 
 
-def read_command(command: words.Command, units: Units) -> Command:
-    """A command in the ledger's words. Raises Invalid: units and amounts are looked at here, with the catalogue."""
+def read_command(command: words.Command, units: Units, *, principal: str) -> Command:
+    """A command in the ledger's words. Raises Invalid: units and amounts are looked at here, with the catalogue.
+
+    `principal` is the source of what it settles and debits.
+    """
     reader = _Reader(units)
-    read: Command
-    match command:
-        case words.OpenAccount():
-            for place, wallet in enumerate(command.wallets):
-                reader.unit(f"/wallets/{place}/unit", wallet.unit)
-            read = OpenAccount(
-                account=command.account, wallets=tuple((wallet.unit, wallet.policy) for wallet in command.wallets)
-            )
-        case words.Grant():
-            read = Grant(
-                account=command.account,
-                unit=command.unit,
-                amount=reader.amount("", command.unit, command.amount, least=1),
-                kind=command.kind,
-                priority=command.priority,
-                occurred_at=None if command.occurred_at is None else command.occurred_at.astimezone(UTC),
-                reference=command.reference,
-            )
-        case words.PlaceHold():
-            read = PlaceHold(
-                hold=reader.hold("/hold", command.hold, command.account),
-                account=command.account,
-                legs=tuple(reader.leg(f"/legs/{place}", leg) for place, leg in enumerate(command.legs)),
-                lifetime_seconds=command.lifetime_seconds,
-            )
-            reader.once("/legs", [leg.unit for leg in command.legs])
-        case words.ReleaseHold():
-            read = ReleaseHold(hold=reader.hold("/hold", command.hold, command.account), account=command.account)
-        case words.Charge():
-            read = reader.line("/line", command.line)
-        case words.ClaimPayment():
-            read = ClaimPayment(
-                account=command.account,
-                payment=command.payment,
-                claim=command.claim,
-                reason=command.reason,
-                state=command.state,
-                unit=command.claimed.unit,
-                claimed=reader.amount("/claimed", command.claimed.unit, command.claimed.amount),
-                revision=command.revision,
-                occurred_at=None if command.occurred_at is None else command.occurred_at.astimezone(UTC),
-            )
-        case _:
-            assert_never(command)
+    read = reader.command("", command, principal)
+    reader.finish()
+    return read
+
+
+def read_list(asked: words.CommandList, units: Units, *, principal: str) -> tuple[Command, ...]:
+    """The commands of a list in the ledger's words. Raises Invalid with every problem of all of them."""
+    reader = _Reader(units)
+    read = tuple(
+        reader.command(f"/commands/{place}", command, principal) for place, command in enumerate(asked.commands)
+    )
     reader.finish()
     return read
 
@@ -135,19 +134,28 @@ def body_problems(body: object, units: Units, *, pointer: str = "") -> list[Prob
     if isinstance(body.get("unit"), str):
         reader = _Reader(units, problems)
         reader.unit(f"{pointer}/unit", body["unit"])
+        least = None if body.get("command") == "adjust" else 0
         for name in ("amount", "at_least", "at_most"):
             if isinstance(body.get(name), str) and body["unit"] in units.by_name:
-                reader.amount(pointer, body["unit"], body[name], name=name)
+                reader.amount(pointer, body["unit"], body[name], name=name, least=least)
     return problems
 
 
+# A trace is no part of what is asked, wherever a line stands; neither is whether it is meant.
+_NOT_COMPARED: Final[dict[str, Any]] = {
+    "idempotency_key": True,
+    "dry_run": True,
+    "line": {"traceparent"},
+    "commands": {"__all__": {"line": {"traceparent"}}},
+}
+
+
 def body_hash(command: BaseModel) -> bytes:
-    """SHA-256 of a command's canonical form: sorted, without what is at its default, its key, and its trace.
+    """SHA-256 of a command's canonical form: sorted, without defaults, its key, its trace, and if it is meant.
 
     A field added later leaves the hashes of what was sent before as they were.
     """
-    left_out: dict[str, Any] = {"idempotency_key": True, "line": {"traceparent"}}
-    content = command.model_dump(mode="json", exclude_defaults=True, exclude=left_out)
+    content = command.model_dump(mode="json", exclude_defaults=True, exclude=_NOT_COMPARED)
     return sha256(_encode(content)).digest()
 
 
@@ -163,13 +171,194 @@ class _Reader:
         if self._problems:
             raise Invalid(self._problems)
 
+    # One case for each command.
+    def command(self, at: str, command: words.Command, principal: str) -> Command:  # noqa: PLR0911, PLR0912 - a case each
+        """The command at a place."""
+        match command:
+            case words.OpenAccount():
+                wallets = tuple(
+                    self.terms(f"{at}/wallets/{place}", wallet) for place, wallet in enumerate(command.wallets)
+                )
+                return OpenAccount(account=command.account, wallets=wallets)
+            case words.SetWallet():
+                return SetWallet(account=command.account, terms=self.terms(f"{at}/wallet", command.wallet))
+            case words.Grant():
+                return self.grant(at, command)
+            case words.VoidGrant():
+                lot = self.lot(f"{at}/lot", command.lot, command.account)
+                return VoidGrant(account=command.account, lot=lot, reason=command.reason)
+            case words.Adjust():
+                return Adjust(
+                    account=command.account,
+                    unit=command.unit,
+                    amount=self.amount(at, command.unit, command.amount, least=None),
+                    reason=command.reason,
+                    force=command.force,
+                )
+            case words.PlaceHold() | words.ExtendHold() | words.SettleHold() | words.ReleaseHold():
+                return self.of_hold(at, command, principal)
+            case words.Charge():
+                return self.line(f"{at}/line", command.line)
+            case words.Debit():
+                return ChargeLine(
+                    source=principal,
+                    event_id=command.debit,
+                    account=command.account,
+                    occurred_at=WHEN_RECORDED,
+                    scope=_used(command.scope),
+                    price_version=command.price_version or "",
+                    amounts=self.amounts(f"{at}/amounts", command.amounts),
+                    required=True,
+                )
+            case words.ReverseCharge():
+                amounts = None if command.amounts is None else self.amounts(f"{at}/amounts", command.amounts)
+                return ReverseCharge(
+                    account=command.account,
+                    source=command.source,
+                    event_id=command.event_id,
+                    revision=command.revision,
+                    amounts=amounts,
+                    reason=command.reason,
+                )
+            case words.Transfer():
+                return Transfer(
+                    account=command.account,
+                    to_account=command.to_account,
+                    unit=command.unit,
+                    amount=self.amount(at, command.unit, command.amount, least=1),
+                    reason=command.reason,
+                )
+            case words.ClaimPayment():
+                return ClaimPayment(
+                    account=command.account,
+                    payment=command.payment,
+                    claim=command.claim,
+                    reason=command.reason,
+                    state=command.state,
+                    unit=command.claimed.unit,
+                    claimed=self.amount(f"{at}/claimed", command.claimed.unit, command.claimed.amount),
+                    revision=command.revision,
+                    occurred_at=_utc(command.occurred_at),
+                )
+            case words.SetRule():
+                rule = self.rule(f"{at}/rule", command.rule, command.rule.plan)
+                return SetRule(account=command.account, rule=rule)
+            case words.EndRule():
+                return EndRule(account=command.account, rule=command.rule)
+            case words.ChangePlan():
+                rules = tuple(
+                    self.rule(f"{at}/rules/{place}", rule, command.plan) for place, rule in enumerate(command.rules)
+                )
+                return ChangePlan(
+                    account=command.account, plan=command.plan, rules=rules, at_period_end=command.at_period_end
+                )
+            case _:
+                assert_never(command)
+
+    def of_hold(
+        self,
+        at: str,
+        command: words.PlaceHold | words.ExtendHold | words.SettleHold | words.ReleaseHold,
+        principal: str,
+    ) -> Command:
+        hold = self.hold(f"{at}/hold", command.hold, command.account)
+        match command:
+            case words.PlaceHold():
+                return PlaceHold(
+                    hold=hold,
+                    account=command.account,
+                    legs=self.legs(f"{at}/legs", command.legs),
+                    lifetime_seconds=command.lifetime_seconds,
+                    overdue=command.overdue,
+                    scope=_used(command.scope),
+                )
+            case words.ExtendHold():
+                return ExtendHold(
+                    hold=hold,
+                    account=command.account,
+                    lifetime_seconds=command.lifetime_seconds,
+                    legs=self.legs(f"{at}/legs", command.legs),
+                )
+            case words.SettleHold():
+                return ChargeLine(
+                    source=principal,
+                    event_id=command.settlement,
+                    account=command.account,
+                    occurred_at=_utc(command.occurred_at) or WHEN_RECORDED,
+                    hold=hold,
+                    scope=_used(command.scope),
+                    price_version=command.price_version or "",
+                    amounts=self.amounts(f"{at}/amounts", command.amounts),
+                    final=command.final,
+                )
+            case words.ReleaseHold():
+                return ReleaseHold(hold=hold, account=command.account)
+            case _:
+                assert_never(command)
+
+    def grant(self, at: str, command: words.Grant) -> Grant:
+        return Grant(
+            account=command.account,
+            unit=command.unit,
+            amount=self.amount(at, command.unit, command.amount, least=1),
+            kind=command.kind,
+            priority=command.priority,
+            occurred_at=_utc(command.occurred_at),
+            reference=command.reference,
+            effective_at=_utc(command.effective_at),
+            expires_at=_utc(command.expires_at),
+            scope=_valid_in(command.scope),
+            cost_basis=command.cost_basis,
+        )
+
+    def terms(self, pointer: str, wallet: words.WalletSpec) -> WalletTerms:
+        return WalletTerms(
+            unit=wallet.unit,
+            policy=wallet.policy,
+            overdraft=self.amount(pointer, wallet.unit, wallet.overdraft, name="overdraft"),
+            thresholds=tuple(
+                Threshold(
+                    amount=None
+                    if threshold.amount is None or wallet.unit not in self._units.by_name
+                    else self.amount(f"{pointer}/thresholds/{place}", wallet.unit, threshold.amount),
+                    percent=threshold.percent,
+                )
+                for place, threshold in enumerate(wallet.thresholds)
+            ),
+        )
+
+    def rule(self, pointer: str, rule: words.RuleSpec, plan: str | None) -> Rule:
+        def amount(name: str, text: str) -> int:
+            return self.amount(pointer, rule.unit, text, name=name) if rule.unit in self._units.by_name else 0
+
+        return Rule(
+            id=rule.id,
+            unit=rule.unit,
+            amount=self.amount(pointer, rule.unit, rule.amount),
+            period=rule.period,
+            anchor=rule.anchor.astimezone(UTC),
+            zone=rule.zone,
+            every=rule.every,
+            kind=rule.kind,
+            priority=rule.priority,
+            rollover_min=amount("rollover_min", rule.rollover_min),
+            rollover_max=amount("rollover_max", rule.rollover_max),
+            scope=_valid_in(rule.scope),
+            plan=plan,
+            policy=rule.policy,
+            overdraft=None if rule.overdraft is None else amount("overdraft", rule.overdraft),
+            first_period=rule.first_period,
+            end_period=rule.end_period,
+        )
+
     def unit(self, pointer: str, name: str) -> Unit | None:
         unit = self._units.by_name.get(name)
         if unit is None:
             self._say(pointer, "unknown_unit", f"the catalogue has no unit {name!r}")
         return unit
 
-    def amount(self, pointer: str, unit_name: str, text: str, *, least: int = 0, name: str = "amount") -> int:
+    def amount(self, pointer: str, unit_name: str, text: str, *, least: int | None = 0, name: str = "amount") -> int:
+        """An amount that is at least `least`; None: of either sign."""
         unit = self.unit(f"{pointer}/unit", unit_name)
         if unit is None:
             return 0
@@ -178,10 +367,21 @@ class _Reader:
         except ValueError as error:
             self._say(f"{pointer}/{name}", "invalid_amount", str(error))
             return 0
-        if value < least:
+        if least is not None and value < least:
             bound = "more than 0" if least else "not negative"
             self._say(f"{pointer}/{name}", "invalid_amount", f"{text!r}: an amount here is {bound}")
         return value
+
+    def amounts(self, pointer: str, amounts: Sequence[Amount]) -> tuple[tuple[str, int], ...]:
+        self.once(pointer, [amount.unit for amount in amounts])
+        return tuple(
+            (amount.unit, self.amount(f"{pointer}/{place}", amount.unit, amount.amount))
+            for place, amount in enumerate(amounts)
+        )
+
+    def legs(self, pointer: str, legs: Sequence[words.HoldLeg]) -> tuple[Leg, ...]:
+        self.once(pointer, [leg.unit for leg in legs])
+        return tuple(self.leg(f"{pointer}/{place}", leg) for place, leg in enumerate(legs))
 
     def leg(self, pointer: str, leg: words.HoldLeg) -> Leg:
         at_least = self.amount(pointer, leg.unit, leg.at_least, name="at_least")
@@ -191,7 +391,6 @@ class _Reader:
         return Leg(leg.unit, at_least, at_most)
 
     def line(self, pointer: str, line: ContractLine) -> ChargeLine:
-        self.once(f"{pointer}/amounts", [amount.unit for amount in line.amounts])
         return ChargeLine(
             source=line.source,
             event_id=line.event_id,
@@ -199,22 +398,28 @@ class _Reader:
             account=line.account,
             occurred_at=line.occurred_at.astimezone(UTC),
             hold=None if line.hold is None else self.hold(f"{pointer}/hold", line.hold, line.account),
-            scope=Scope(line.scope.provider, line.scope.model, line.scope.feature),
+            scope=_used(line.scope),
             price_version=line.price_version,
             own_key=line.own_key,
-            amounts=tuple(
-                (amount.unit, self.amount(f"{pointer}/amounts/{place}", amount.unit, amount.amount))
-                for place, amount in enumerate(line.amounts)
-            ),
+            amounts=self.amounts(f"{pointer}/amounts", line.amounts),
+            final=line.final,
         )
 
     def hold(self, pointer: str, hold: str, account: str) -> str:
-        if partition_of_id(hold) != partition_of(account):
-            partitions = (
-                f"partition {token(partition_of_id(hold))}, its account lives in {token(partition_of(account))}"
-            )
-            self._say(pointer, "account_differs", f"{hold} names {partitions}")
+        self.lives_there(pointer, hold, account)
         return hold[_PREFIXED_HOLD:]
+
+    def lot(self, pointer: str, lot: str, account: str) -> str:
+        self.lives_there(pointer, lot, account)
+        return lot[_PREFIXED_LOT:]
+
+    def lives_there(self, pointer: str, identifier: str, account: str) -> None:
+        """An id and its account name one partition."""
+        if partition_of_id(identifier) != partition_of(account):
+            partitions = (
+                f"partition {token(partition_of_id(identifier))}, its account lives in {token(partition_of(account))}"
+            )
+            self._say(pointer, "account_differs", f"{identifier} names {partitions}")
 
     def once(self, pointer: str, units: Sequence[str]) -> None:
         for unit in sorted({unit for unit in units if units.count(unit) > 1}):
@@ -222,6 +427,21 @@ class _Reader:
 
     def _say(self, pointer: str, code: str, detail: str) -> None:
         self._problems.append(Problem(pointer, code, detail))
+
+
+def _utc(time: datetime | None) -> datetime | None:
+    return None if time is None else time.astimezone(UTC)
+
+
+def _used(scope: ContractScope | None) -> Scope | None:
+    return None if scope is None else _scope(scope.provider, scope.model, scope.feature)
+
+
+def _valid_in(scope: words.LotScope | None) -> LotScope | None:
+    """One that names nothing is no scope: the lot is valid everywhere, whatever is known of the use."""
+    if scope is None or not (scope.providers or scope.models or scope.features):
+        return None
+    return LotScope(scope.providers, scope.models, scope.features)
 
 
 # Bundles --------------------------------------------------------------------------------------------------------------
@@ -279,6 +499,7 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
     revision: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)] = 0
     hold: _Text | None = None
     own_key: bool = False
+    final: bool = True
     traceparent: _Text | None = None
 
 
@@ -373,9 +594,19 @@ def read_line(body: bytes, units: Units) -> ContractLine:
 def model_problems(error: ValidationError) -> list[Problem]:
     """What pydantic found, as problems."""
     return [
-        Problem("".join(f"/{part}" for part in found["loc"]), "invalid", found["msg"])
+        Problem(_pointer(found["loc"]), "invalid", found["msg"])
         for found in error.errors(include_url=False, include_context=False, include_input=False)
     ]
+
+
+def _pointer(location: Sequence[int | str]) -> str:
+    """A place as a JSON pointer; what pydantic says besides of which command of a list it is, is no part of it."""
+    parts = [
+        part
+        for place, part in enumerate(location)
+        if not (place >= 2 and location[place - 2] == "commands" and isinstance(location[place - 1], int))
+    ]
+    return "".join(f"/{part}" for part in parts)
 
 
 def _read_line(line: _Line, units: Units, partition: int) -> ChargeLine | None:
@@ -405,6 +636,7 @@ def _read_line(line: _Line, units: Units, partition: int) -> ChargeLine | None:
         price_version=line.price_version,
         own_key=line.own_key,
         amounts=amounts,
+        final=line.final,
     )
 
 
@@ -432,7 +664,7 @@ def _scope(provider: str, model: str, feature: str | None) -> Scope:
 def read_payment_fact(subject: str, body: bytes) -> list[words.Grant | words.ClaimPayment]:
     """What a fact about a payment asks of the ledger, in order. The same fact always asks under the same keys.
 
-    Raises kit's Unreadable, also for a claim that may yet go either way: the ledger does not freeze yet.
+    Raises kit's Unreadable.
     """
     partition = int(subject.split(".")[2])
     asked: list[words.Grant | words.ClaimPayment]
@@ -470,8 +702,6 @@ def _received(fact: PaymentReceived) -> Iterator[words.Grant]:
 
 
 def _claimed(fact: PaymentClaimed) -> words.ClaimPayment:
-    if fact.state == "open":
-        raise Unreadable(f"the claim {fact.claim} is open: what it claims cannot be frozen yet")
     return words.ClaimPayment(
         idempotency_key=f"claim:{fact.claim}:{fact.number}",
         account=fact.account,
@@ -494,7 +724,7 @@ def problem_rows(problems: Iterable[Problem]) -> list[dict[str, str]]:
 
 
 @lru_cache(maxsize=4096)
-def scope_text(scope: Scope) -> str:
+def scope_text(scope: Scope | None) -> str:
     """A scope as canonical JSON."""
     return _encode(scope).decode()
 
@@ -529,19 +759,30 @@ def accepted(
     transaction: str,
     recorded_at: datetime,
     moves: Sequence[Move],
-    remaining: Sequence[Wallet],
+    remaining: Sequence[tuple[Wallet, int]],
     units: Units,
 ) -> dict[str, Any]:
-    """The outcome of an accepted command, for contracts.ledger.Accepted. `remaining` are wallets as they are now."""
-    sums: dict[tuple[str, str, str | None], list[int]] = {}
+    """The outcome of an accepted command, for contracts.ledger.Accepted. `remaining`: what wallets have available."""
+    sums: dict[tuple[str, str, str | None, str | None], list[int]] = {}
+    exceeded: dict[tuple[str, str], int] = {}
     for move in moves:
         if move.unit is None or move.lot is None or is_contra(move.account):
             continue
-        lot = None if move.lot_kind in {"debt", "overage"} else move.lot
-        total = sums.setdefault((move.account, move.unit, lot), [0, 0])
+        is_pseudo = move.lot_kind in PSEUDO_KINDS
+        key = (move.account, move.unit, None if is_pseudo else move.lot, move.lot_kind)
+        total = sums.setdefault(key, [0, 0, 0])
         total[0] += move.posted
         total[1] += move.held
-    return {
+        total[2] += move.frozen
+        if is_pseudo and move.lot_kind != "uncapped" and move.kind in _BEYOND:
+            beyond = max(-move.posted, move.held)
+            if beyond > 0:
+                exceeded[move.account, move.unit] = exceeded.get((move.account, move.unit), 0) + beyond
+
+    def text(amount: int, unit: str) -> str:
+        return format_amount(amount, units.by_name[unit]) if amount else "0"
+
+    outcome: dict[str, Any] = {
         "status": "accepted",
         "transaction": full_id("txn", partition, transaction),
         "recorded_at": recorded_at,
@@ -550,36 +791,46 @@ def accepted(
                 "account": account,
                 "unit": unit,
                 "lot": None if lot is None else full_id("lot", partition, lot),
-                "posted": format_amount(posted, units.by_name[unit]),
-                "held": format_amount(held, units.by_name[unit]),
+                "lot_kind": lot_kind,
+                "posted": text(posted, unit),
+                "held": text(held, unit),
+                "frozen": text(frozen, unit),
             }
-            for (account, unit, lot), (posted, held) in sums.items()
+            for (account, unit, lot, lot_kind), (posted, held, frozen) in sums.items()
         ],
         "remaining": [
-            {
-                "account": wallet.account,
-                "unit": wallet.unit,
-                "available": format_amount(wallet.available, units.by_name[wallet.unit]),
-            }
-            for wallet in remaining
+            {"account": wallet.account, "unit": wallet.unit, "available": text(available, wallet.unit)}
+            for wallet, available in remaining
         ],
         "replayed": False,
     }
+    if exceeded:
+        outcome["exceeded"] = [
+            {"account": account, "unit": unit, "amount": text(amount, unit)}
+            for (account, unit), amount in exceeded.items()
+        ]
+    return outcome
 
 
-def refused(refusal: Refusal, *, units: Units) -> words.Refused:
-    """A refusal as it is told, with its numbers."""
-    if not isinstance(refusal, InsufficientFunds):
-        return words.Refused(code=refusal.code, message=str(refusal))
+# What takes, or sets aside, more than there is.
+_BEYOND: Final = frozenset({"charged", "adjusted", "hold_placed", "hold_extended"})
+
+
+def refused(refusal: Refusal, *, units: Units) -> dict[str, Any]:
+    """A refusal as it is told, with its numbers, for contracts.ledger.Refused."""
+    told = {"status": "refused", "code": refusal.code, "message": str(refusal)}
+    if not isinstance(refusal, InsufficientFunds | MoreThanCharged):
+        return told
     unit = units.by_name[refusal.unit]
     required, remaining = format_amount(refusal.required, unit), format_amount(refusal.remaining, unit)
-    return words.Refused(
-        code=refusal.code,
-        message=f"the {unit.name} wallet of {refusal.account} has {remaining} available; {required} is required",
-        limit_source=refusal.account,
-        required=Amount(amount=required, unit=unit.name),
-        remaining=Amount(amount=remaining, unit=unit.name),
-    )
+    numbers = {
+        "required": {"amount": required, "unit": unit.name},
+        "remaining": {"amount": remaining, "unit": unit.name},
+    }
+    if isinstance(refusal, MoreThanCharged):
+        return {**told, **numbers, "message": f"{told['message']}: {remaining}, not {required}"}
+    message = f"the {unit.name} wallet of {refusal.account} has {remaining} available; {required} is required"
+    return {**told, **numbers, "message": message, "limit_source": refusal.account}
 
 
 def refused_as(error: Invalid) -> words.Refused | words.Failed:
@@ -613,57 +864,170 @@ class Fact:
     fields: Mapping[str, Any]
 
 
-def facts_of(moves: Sequence[Move], *, partition: int, transaction: str, units: Units) -> list[Fact]:
-    """The facts of a command's moves, other than charges."""
-    facts: list[Fact] = []
-
-    def add(noun: str, verb: str, **fields: Any) -> None:
-        facts.append(Fact(noun, verb, transaction, fields))
-
+def facts_of(moves: Sequence[Move], *, account: str, partition: int, transaction: str, units: Units) -> list[Fact]:
+    """The facts of a transaction's moves, other than what its command alone knows. `account` is that of its hold."""
+    told = _Telling(moves, partition, transaction, units)
     for move in moves:
-        if is_contra(move.account):
-            continue
+        # Most are charges, which are told in sums.
+        if move.kind != "charged" and move.account[0] != "@":
+            told.move(move, account)
+    return told.facts
+
+
+def reversed_fact(command: ReverseCharge, moves: Sequence[Move], *, transaction: str, units: Units) -> Fact:
+    """That a charge was given back: what `@usage` has less, per unit (of a cap: on the wallet that had most)."""
+    taken: dict[str, dict[str, int]] = {}
+    for move in moves:
+        if move.unit is not None and move.account.startswith("@usage"):
+            wallets = taken.setdefault(move.unit, {})
+            wallets[move.account] = wallets.get(move.account, 0) - move.posted
+    fields = {
+        "account": command.account,
+        "source": command.source,
+        "event_id": command.event_id,
+        "revision": command.revision,
+        "reversed": [_amount(max(wallets.values()), unit, units) for unit, wallets in taken.items()],
+        "reason": command.reason,
+    }
+    return Fact("charge", "reversed", transaction, fields)
+
+
+def transferred_fact(command: Transfer, *, transaction: str, units: Units) -> Fact:
+    """That money was moved from one account to another."""
+    fields = {
+        "account": command.account,
+        "to_account": command.to_account,
+        "transferred": _amount(command.amount, command.unit, units),
+        "reason": command.reason,
+    }
+    return Fact("money", "transferred", transaction, fields)
+
+
+@dataclass(slots=True)
+class _Telling:
+    """The facts that are being read off the moves of one transaction."""
+
+    moves: Sequence[Move]
+    partition: int
+    transaction: str
+    units: Units
+    facts: list[Fact] = field(default_factory=list)
+    ended: set[str] = field(default_factory=set)
+
+    def move(self, move: Move, account: str) -> None:  # noqa: PLR0912 - one case for each
         match move.kind:
             case "account_opened":
-                add("account", "opened", account=move.account)
+                self._add("account", "opened", account=move.account)
             case "lot_granted" if isinstance(move.details, LotGranted) and move.unit and move.lot:
-                repaid = -sum(each.posted for each in moves if each.kind == "debt_repaid" and each.lot == move.lot)
-                add(
-                    "lot",
-                    "granted",
-                    account=move.account,
-                    lot=full_id("lot", partition, move.lot),
-                    kind=move.lot_kind,
-                    granted=_amount(move.posted, move.unit, units),
-                    repaid=_amount(repaid, move.unit, units),
-                    reference=move.details.reference,
-                )
+                self._granted(move, move.details, move.unit, move.lot)
+            case "lot_expired" if move.unit and move.lot:
+                self._lot(move, "expired", expired=_amount(-move.posted, move.unit, self.units))
+            case "lot_voided" if move.unit and move.lot:
+                reason = move.details.reason if isinstance(move.details, LotVoided) else None
+                self._lot(move, "voided", voided=_amount(-move.posted, move.unit, self.units), reason=reason)
             case "hold_placed" if isinstance(move.details, HoldPlaced) and move.hold:
-                add(
-                    "hold",
-                    "placed",
-                    account=move.details.account,
-                    hold=full_id("hold", partition, move.hold),
-                    held=[_amount(leg.amount, leg.unit, units) for leg in move.details.legs if leg.wallets],
-                    expires_at=move.details.expires_at,
-                )
+                self._held(move.hold, "placed", move.details.account, move.details)
+            case "hold_extended" if isinstance(move.details, HoldExtended) and move.hold:
+                self._held(move.hold, "extended", account, move.details)
+            case "hold_settled" | "estimate_reversed":
+                self._ended(move, account, "settled", "released")
+            case "hold_released":
+                self._ended(move, account, "released", "released")
+            case "hold_expired":
+                self._ended(move, account, "expired", "released")
+            case "hold_estimated":
+                self._ended(move, account, "expired", "estimated")
+            case "payment_claimed" if isinstance(move.details, ClaimNoted) and move.unit:
+                self._claimed(move, move.details, move.unit)
+            case "balance_crossed" if isinstance(move.details, BalanceCrossed) and move.unit:
+                self._crossed(move, move.details, move.unit)
             case _:
                 pass
-    return facts
 
+    def _add(self, noun: str, verb: str, **fields: Any) -> None:
+        self.facts.append(Fact(noun, verb, self.transaction, fields))
 
-def hold_released_fact(
-    command: ReleaseHold, moves: Sequence[Move], *, partition: int, transaction: str, units: Units
-) -> Fact:
-    """That a hold ended without a charge, and what it held per unit (of a cap: on the wallet that had most)."""
-    released: dict[str, dict[str, int]] = {}
-    for move in moves:
-        if move.unit is not None and move.kind == "hold_released":
-            wallets = released.setdefault(move.unit, {})
-            wallets[move.account] = wallets.get(move.account, 0) - move.held
-    amounts = [_amount(max(wallets.values()), unit, units) for unit, wallets in released.items()]
-    fields = {"account": command.account, "hold": full_id("hold", partition, command.hold), "released": amounts}
-    return Fact("hold", "released", transaction, fields)
+    def _granted(self, move: Move, details: LotGranted, unit: str, lot: str) -> None:
+        repaid = -sum(each.posted for each in self.moves if each.kind == "debt_repaid" and each.lot == lot)
+        said = {
+            "effective_at": details.effective_at,
+            "expires_at": details.expires_at,
+            "rule": details.rule,
+            "period": details.period,
+        }
+        self._add(
+            "lot",
+            "granted",
+            account=move.account,
+            lot=full_id("lot", self.partition, lot),
+            kind=move.lot_kind,
+            granted=_amount(move.posted, unit, self.units),
+            repaid=_amount(repaid, unit, self.units),
+            reference=details.reference,
+            **{name: value for name, value in said.items() if value is not None},
+        )
+
+    def _lot(self, move: Move, verb: str, **fields: Any) -> None:
+        assert move.lot is not None
+        lot = full_id("lot", self.partition, move.lot)
+        self._add("lot", verb, account=move.account, lot=lot, kind=move.lot_kind, **fields)
+
+    def _held(self, hold: str, verb: str, account: str, details: HoldPlaced | HoldExtended) -> None:
+        self._add(
+            "hold",
+            verb,
+            account=account,
+            hold=full_id("hold", self.partition, hold),
+            held=[_amount(leg.amount, leg.unit, self.units) for leg in details.legs if leg.wallets],
+            expires_at=details.expires_at,
+        )
+
+    def _ended(self, move: Move, account: str, verb: str, name: str) -> None:
+        """That a hold ended, once, and what of it ended so per unit (of a cap: on the wallet that had most)."""
+        if move.hold is None or move.hold in self.ended:
+            return
+        self.ended.add(move.hold)
+        amounts: dict[str, dict[str, int]] = {}
+        for each in self.moves:
+            if each.kind == move.kind and each.hold == move.hold and each.unit is not None:
+                wallets = amounts.setdefault(each.unit, {})
+                # What was set aside, or what had been charged as an estimate.
+                wallets[each.account] = wallets.get(each.account, 0) + (abs(each.held) or abs(each.posted))
+        ended = [_amount(max(wallets.values()), unit, self.units) for unit, wallets in amounts.items()]
+        hold = full_id("hold", self.partition, move.hold)
+        self._add("hold", verb, account=account, hold=hold, **{name: ended})
+
+    def _claimed(self, move: Move, details: ClaimNoted, unit: str) -> None:
+        clawed: dict[str, int] = {}
+        frozen: dict[str, int] = {}
+        for each in self.moves:
+            if each.unit is None or is_contra(each.account):
+                continue
+            if each.kind in {"clawed_back", "given_back"} and each.posted:
+                clawed[each.unit] = clawed.get(each.unit, 0) - each.posted
+            elif each.kind == "claim_frozen" and each.frozen:
+                frozen[each.unit] = frozen.get(each.unit, 0) + each.frozen
+        self._add(
+            "payment",
+            "claimed",
+            account=move.account,
+            payment=details.payment,
+            claim=details.claim,
+            reason=details.reason,
+            state=details.state,
+            claimed=_amount(details.claimed, unit, self.units),
+            clawed_back=[_amount(amount, of, self.units) for of, amount in clawed.items()],
+            frozen=[_amount(amount, of, self.units) for of, amount in frozen.items()],
+        )
+
+    def _crossed(self, move: Move, details: BalanceCrossed, unit: str) -> None:
+        fields: dict[str, Any] = {"account": move.account, "available": _amount(details.available, unit, self.units)}
+        if details.threshold is not None:
+            amount, percent = details.threshold.amount, details.threshold.percent
+            text = None if amount is None else format_amount(amount, self.units.by_name[unit])
+            fields["threshold"] = {"amount": text, "percent": percent}
+        fallen = "exhausted" if details.threshold is None else "low"
+        self._add("balance", fallen if details.is_low else "recovered", **fields)
 
 
 def usage_charged_fact(account: str, amounts: Mapping[str, int], *, lines: int, transaction: str, units: Units) -> Fact:
@@ -686,6 +1050,27 @@ def outbox_row(fact: Fact, *, partition: int, number: int, recorded_at: datetime
         partition=partition,
         number=number,
         subject=ledger_fact_subject(partition=partition, noun=fact.noun, verb=fact.verb),
+        message_id=f"ledger-{token(partition)}-{number}",
+        payload=msgspec.json.encode(payload),
+        recorded_at=recorded_at,
+    )
+
+
+def heads_signed_row(signed: SignedHeads, *, partition: int, number: int, recorded_at: datetime) -> OutboxRow:
+    """That heads were signed, as it is published: of no transaction."""
+    payload = {
+        "type": "ledger.heads.signed.v1",
+        "partition": partition,
+        "number": number,
+        "recorded_at": recorded_at,
+        "heads": signed.heads,
+        "signature": signed.signature_text,
+        "key_id": signed.key_id,
+    }
+    return OutboxRow(
+        partition=partition,
+        number=number,
+        subject=ledger_fact_subject(partition=partition, noun="heads", verb="signed"),
         message_id=f"ledger-{token(partition)}-{number}",
         payload=msgspec.json.encode(payload),
         recorded_at=recorded_at,

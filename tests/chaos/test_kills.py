@@ -88,7 +88,7 @@ def test_ten_kills_of_each_over_the_whole_trace(
 ) -> None:
     chosen = random.Random(SEED)
     whole = len(requests())
-    pace = _Pace()
+    pace = Pace()
     with capsys.disabled():
         for number in range(10):
             for victim in (METERING, LEDGER, NATS, POSTGRES, PUBLISHER):
@@ -104,7 +104,7 @@ def test_ten_shuffles_of_the_whole_trace_sent_three_times_with_kills_of_each(
 ) -> None:
     chosen = random.Random(SEED)
     whole = len(requests())
-    pace = _Pace()
+    pace = Pace()
     with capsys.disabled():
         for number in range(10):
             for victim in VICTIMS:
@@ -155,7 +155,7 @@ def counts(output: str) -> dict[str, int]:
     return {name: int(number.replace(",", "")) for name, number in rows if not name.startswith("events")}
 
 
-class _Pace:
+class Pace:
     """Keeps the supervisor from giving up: it cannot know that the deaths are ours."""
 
     def __init__(self) -> None:

@@ -175,7 +175,7 @@ class Ledger:
         if self.silent:
             return
         command = ledger.COMMANDS.validate_json(message.data)
-        if isinstance(command, ledger.Charge) or root(command.account) != self.organisation:
+        if isinstance(command, ledger.Charge | ledger.CommandList) or root(command.account) != self.organisation:
             # Of an earlier test.
             refused = ledger.Refused(code="hold_released", message="it is released")
             await message.respond(refused.model_dump_json(exclude_none=True).encode())

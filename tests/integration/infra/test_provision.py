@@ -53,7 +53,7 @@ def driven(nats_account: NatsAccount, monkeypatch: pytest.MonkeyPatch) -> Iterat
     def stack_with(_server: str) -> Iterator[Driven]:
         yield made
 
-    monkeypatch.setattr(stack, "_stack_with", stack_with)
+    monkeypatch.setattr(stack, "stack_with", stack_with)
     yield made
     made.do(_remove_everything)
 

@@ -89,7 +89,7 @@ class StandInLedger:
     async def _answer(self, message: Msg) -> None:
         *_, partition, name, principal = message.subject.split(".")
         command = words.COMMANDS.validate_json(message.data)
-        assert not isinstance(command, words.Charge)
+        assert not isinstance(command, words.Charge | words.CommandList)
         assert (command.command, f"{partition_of(command.account):02d}") == (name, partition)
         self.taken.append(command)
         self.principals.add(principal)
@@ -99,7 +99,7 @@ class StandInLedger:
         await message.respond(reply.model_dump_json().encode())
 
     def _decide(self, command: words.Command, principal: str) -> words.Reply:
-        assert not isinstance(command, words.Charge)
+        assert not isinstance(command, words.Charge | words.CommandList)
         known = self._accepted.setdefault((principal, command.idempotency_key), command)
         if known != command:
             return words.Failed(code="conflict", message="the key was used for another body")

@@ -160,6 +160,19 @@ async def test_a_lease_that_another_took_is_lost(join: Callable[..., Member], po
     assert len(member.keeper.partitions) == PARTITION_COUNT - 1
 
 
+async def test_a_lease_that_is_lost_and_free_again_is_given_up_before_it_is_won_anew(
+    join: Callable[..., Member], pool: Pool
+) -> None:
+    member = join()
+    await eventually(lambda: len(member.acquired) == PARTITION_COUNT)
+    async with pool.connection() as connection:
+        await connection.execute("UPDATE leases SET owner = NULL, epoch = epoch + 1 WHERE partition = 7")
+    # Who acquires it while it believes to have it already fails in `on_acquired`.
+    await eventually(lambda: ("lost", frozenset({7})) in member.events)
+    await eventually(lambda: member.events[-1] == ("acquired", frozenset({7})))
+    assert member.keeper.holds(7)
+
+
 async def test_partitions_that_cannot_be_taken_over_are_given_back_and_tried_again(
     join: Callable[..., Member],
 ) -> None:

@@ -2,21 +2,24 @@
 
 import asyncio
 import itertools
+import json
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import httpx2
 from nats.aio.client import Client
 from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
+from pydantic import BaseModel, TypeAdapter
 
 from contracts import ledger as words
 from contracts.metering import ChargesRated
 from contracts.partition import partition_of
 from contracts.streams import CHARGES, charges_rated_subject, ledger_command_subject
+from infra.schemas import MESSAGES
 from services.kit.publish import Message, publish, publish_batch
 from services.ledger.app import build
 from services.ledger.settings import LedgerSettings
@@ -30,8 +33,11 @@ RECORD_AND_PROJECTIONS: Final = (
     "commands",
     "bundles",
     "charge_lines",
+    "reversals",
+    "signatures",
     "accounts",
     "wallets",
+    "rules",
     "lots",
     "holds",
     "hold_lots",
@@ -42,6 +48,13 @@ RECORD_AND_PROJECTIONS: Final = (
 )
 
 Json = dict[str, Any]
+Answer = TypeVar("Answer")
+
+FACTS: Final[Mapping[str, type[BaseModel]]] = {
+    message.name: message.model
+    for message in MESSAGES
+    if message.kind == "event" and message.name.startswith("ledger.")
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +82,35 @@ class Driver:
 
     async def command(self, command: words.Command, *, principal: str = "tester") -> words.Reply:
         """Ask by request/reply, as a service would, again while there is no owner."""
-        account = command.line.account if isinstance(command, words.Charge) else command.account
-        subject = ledger_command_subject(partition=partition_of(account), command=command.command, principal=principal)
-        return await self.request(subject, command.model_dump_json().encode())
+        return await self._ask(command, words.REPLIES, principal)
 
-    async def request(self, subject: str, body: bytes) -> words.Reply:
+    async def commands(self, commands: words.CommandList, *, principal: str = "tester") -> words.ListReply:
+        """Ask for a list of commands, likewise."""
+        return await self._ask(commands, words.LIST_REPLIES, principal)
+
+    async def listed(self, *commands: words.Command, all_or_nothing: str | None = None) -> words.Listed:
+        """Ask for a list that must be decided; with a key for all of it, it is all or nothing."""
+        asked = words.CommandList(
+            commands=commands, all_or_nothing=all_or_nothing is not None, idempotency_key=all_or_nothing
+        )
+        reply = await self.commands(asked)
+        assert isinstance(reply, words.Listed), reply
+        return reply
+
+    async def _ask(
+        self, command: words.Command | words.CommandList, replies: TypeAdapter[Answer], principal: str
+    ) -> Answer:
+        partition = partition_of(command.account)
+        subject = ledger_command_subject(partition=partition, command=command.command, principal=principal)
+        return await self.request(subject, command.model_dump_json().encode(), replies)
+
+    async def request(self, subject: str, body: bytes, replies: TypeAdapter[Answer]) -> Answer:
         """Ask with any body."""
         deadline = time.monotonic() + WAIT_SECONDS_MAX
         while True:
             try:
                 message = await self.ledger_nats.request(subject, body, timeout=5)
-                reply = words.REPLIES.validate_json(message.data)
+                reply = replies.validate_json(message.data)
             except Exception:
                 if time.monotonic() > deadline:
                     raise
@@ -124,6 +155,17 @@ class Driver:
             await publish_batch(
                 self.metering_nats, stream=CHARGES, messages=[Message(*message, None) for message in messages]
             )
+
+    async def facts(self, *types: type[BaseModel]) -> list[BaseModel]:
+        """What the ledger has told, in the order of numbers, as the contract reads it; of these types, or all."""
+        rows = await self.rows("SELECT partition, number, payload FROM outbox ORDER BY partition, number")
+        expected: dict[int, int] = {}
+        found: list[BaseModel] = []
+        for partition, number, payload in rows:
+            expected[partition] = expected.get(partition, 0) + 1
+            assert number == expected[partition]
+            found.append(FACTS[json.loads(bytes(payload))["type"]].model_validate_json(bytes(payload)))
+        return [fact for fact in found if not types or isinstance(fact, types)]
 
     async def rows(self, statement: str, *parameters: object) -> list[TupleRow]:
         """What a query answers."""

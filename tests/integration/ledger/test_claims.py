@@ -111,9 +111,9 @@ async def test_a_payment_is_granted_once_and_its_wallet_opened(
         await billing.say(received("acme/ana"))
         await all_taken(driver)
         found = (await http.get("/v1/balances/acme/ana")).json()["wallets"][0]
-        assert [(lot["kind"], lot["granted"], lot["reference"]) for lot in found["lots"]] == [
-            ("purchase", "50", PAYMENT),
+        assert sorted((lot["kind"], lot["granted"], lot["reference"]) for lot in found["lots"]) == [
             ("bonus", "5", PAYMENT),
+            ("purchase", "50", PAYMENT),
         ]
         principals = await driver.rows("SELECT principal, idempotency_key FROM commands ORDER BY batch")
         assert set(principals) == {
@@ -144,10 +144,8 @@ async def test_example_11_through_the_service(driver: Driver, billing: Billing, 
         assert "payment_claimed" in {entry["kind"] for entry in statement}
         assert_sound(database)
     await driver.superuser.execute("UPDATE lots SET clawed = clawed - 1 WHERE kind = 'bonus'")
-    assert [check.law for check in audit(database.url("ledger")) if check.breaches] == [
-        "what was clawed back of a payment's lot, and is pending, is what the journal says",
-        "claims take back what was paid, once, and of each bonus as much in proportion",
-    ]
+    replayed = replay(database.url("ledger_owner"))
+    assert [each.table for each in replayed.tables if each.different] == ["lots"]
 
 
 async def test_claims_payments_and_charges_may_come_in_any_order(
@@ -209,10 +207,9 @@ async def test_what_the_ledger_refuses_of_billing_is_dead_lettered_and_taken_onc
             (elsewhere, body),
             (refunded, body),
             received(unit="sheep"),
-            claimed(state="open"),
             received(),
         )
-        await driver.until("SELECT count(*) FROM dead_letters", 6)
+        await driver.until("SELECT count(*) FROM dead_letters", 5)
         await all_taken(driver)
         assert (await wallet(http))["posted"] == "55"
         letters = (await http.get("/dead-letters")).json()["dead_letters"]
@@ -222,7 +219,7 @@ async def test_what_the_ledger_refuses_of_billing_is_dead_lettered_and_taken_onc
 
         # The same payment, another amount: which one is right is for people to find out.
         await billing.say(received(paid="60"))
-        await driver.until("SELECT count(*) FROM dead_letters", 7)
+        await driver.until("SELECT count(*) FROM dead_letters", 6)
         assert (await wallet(http))["posted"] == "55"
         # As if it had been refused once: what was taken by then is not taken again.
         statement = "UPDATE dead_letters SET payload = %s WHERE id = %s RETURNING id"
@@ -258,7 +255,7 @@ async def test_claims_over_http_name_all_problems_and_say_whose_payment_it_is(dr
         assert again.json()["transaction"] == taken.json()["transaction"]
         assert again.json()["movements"] == []
         assert (await wallet(http))["posted"] == "31"
-        bad = await post(good | {"payment": "pi 1", "state": "open", "claimed": {"amount": "x", "unit": "sheep"}}, "3")
+        bad = await post(good | {"payment": "pi 1", "state": "lost", "claimed": {"amount": "x", "unit": "sheep"}}, "3")
         assert bad.status_code == 422
         assert {each["pointer"] for each in bad.json()["errors"]} >= {"/payment", "/state", "/claimed/amount"}
         other = await post(good | {"account": "acme/ana"}, "4")

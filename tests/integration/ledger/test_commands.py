@@ -214,9 +214,9 @@ async def test_request_reply_says_what_it_cannot_read(driver: Driver) -> None:
             (f"rpc.ledger.v1.{partition}.grant.tester", b"{"),
             (f"rpc.ledger.v1.{partition}.grant.tester", open_account("acme").model_dump_json().encode()),
             (f"rpc.ledger.v1.{partition}.open_account.tester", open_account("other").model_dump_json().encode()),
-            (f"rpc.ledger.v1.{partition}.grant.tester", b" " * 70_000),
+            (f"rpc.ledger.v1.{partition}.grant.tester", b" " * (driver.settings.body_bytes_max + 1)),
         ):
-            reply = await driver.request(subject, body)
+            reply = await driver.request(subject, body, words.REPLIES)
             assert isinstance(reply, words.Failed)
             assert reply.code == "invalid"
 

@@ -96,8 +96,8 @@ async def test_open_holds_are_listed_for_an_account_and_all_below_it(driver: Dri
         found = (await http.get(f"/v1/holds/{holds[3]}")).json()
         assert (found["account"], found["status"], found["ended_at"]) == (KEY, "placed", None)
         assert found["wallets"] == [
-            {"account": "acme", "unit": "usd", "placed": "1", "held": "1"},
-            {"account": KEY, "unit": "usd_cap", "placed": "1", "held": "1"},
+            {"account": "acme", "unit": "usd", "placed": "1", "held": "1", "estimated": "0"},
+            {"account": KEY, "unit": "usd_cap", "placed": "1", "held": "1", "estimated": "0"},
         ]
         assert [(leg["unit"], leg["amount"]) for leg in found["legs"]] == [("usd", "1"), ("usd_cap", "1")]
         ended = (await http.get(f"/v1/holds/{holds[1]}")).json()

@@ -23,7 +23,7 @@ from services.kit.database import Writer
 from services.kit.ids import new_hold_id
 from services.kit.outbox import OutboxRow
 from services.ledger.audit_sql import audit
-from services.ledger.domain.commands import Grant, OpenAccount, Units
+from services.ledger.domain.commands import Grant, OpenAccount, Units, WalletTerms
 from services.ledger.handlers import CommandItem, Ledger, NotOwner, Replied
 from services.ledger.settings import LedgerSettings
 from tests.builders import charge_line, charges_rated, grant, hold_leg, open_account, place_hold
@@ -93,7 +93,7 @@ async def until_accepted(ask: Callable[[], Awaitable[words.Reply]]) -> words.Acc
 async def test_a_deposed_owner_commits_nothing(driver: Driver, database: Database) -> None:
     async with ledger(database) as (first, told), ledger(database) as (second, _):
         assert await first.take_over({PARTITION: 1}) == {PARTITION}
-        (opened,) = await first.process([item(OpenAccount(account="acme", wallets=(("usd", "hard"),)), "1")])
+        (opened,) = await first.process([item(OpenAccount(account="acme", wallets=(WalletTerms("usd"),)), "1")])
         assert isinstance(opened, Replied)
         assert await second.take_over({PARTITION: 2}) == {PARTITION}
         before = await driver.dump()

@@ -60,8 +60,11 @@ RUNTIME: Final[Mapping[str, Mapping[str, str]]] = {
         "commands": ADD,
         "bundles": ADD,
         "charge_lines": ADD,
+        "reversals": ADD,
+        "signatures": ADD,
         "accounts": KEEP,
         "wallets": KEEP,
+        "rules": KEEP,
         "lots": KEEP,
         "holds": KEEP,
         "hold_lots": KEEP,
@@ -104,7 +107,9 @@ NEVER: Final[Mapping[str, Mapping[str, str]]] = {
         "usage_log_2026_01": "UPDATE DELETE TRUNCATE",
         "price_versions": "UPDATE DELETE TRUNCATE",
     },
-    "ledger": dict.fromkeys(("journal", "commands", "bundles", "charge_lines"), "UPDATE DELETE TRUNCATE"),
+    "ledger": dict.fromkeys(
+        ("journal", "commands", "bundles", "charge_lines", "reversals", "signatures"), "UPDATE DELETE TRUNCATE"
+    ),
     "billing": {
         "stripe_events": "UPDATE DELETE TRUNCATE",
         "resolutions": "UPDATE DELETE TRUNCATE",
@@ -120,7 +125,7 @@ NEVER: Final[Mapping[str, Mapping[str, str]]] = {
 # Every function, and whether the runtime role of its service may call it. Nobody else but its owner may.
 FUNCTIONS: Final[Mapping[str, Mapping[str, bool]]] = {
     "metering": {"ensure_usage_month": True, "refuse_change": False, "only_charge_once": False},
-    "ledger": {"advance_heads": True, "refuse_change": False},
+    "ledger": {"advance_heads": True, "batch_at": True, "refuse_change": False},
     "billing": {"refuse_change": False, "keep_the_event": False, "grant_once": False},
     "keyvault": {"refuse_change": False},
 }
@@ -171,6 +176,7 @@ _ROWS: Final[Mapping[Place, list[dict[str, str]]]] = {
     Place("metering", "seen"): [{"partition": str(partition)} for partition in range(64)],
     Place("metering", "usage_log"): [{}, {"occurred_at": "'2000-01-01Z'"}],
     Place("ledger", "journal"): [{"unit": "'usd'"}],
+    Place("ledger", "signatures"): [{"signature": "decode(repeat('01', 64), 'hex')"}],
     Place("billing", "payments"): [{"status": "'unpaid'"}],
 }
 

@@ -1,0 +1,136 @@
+"""Laws of the sweeper: what is due is journalled and told without anybody asking, once, and only by who owns it."""
+
+import asyncio
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from contracts import ledger as words
+from contracts.money import Amount
+from services.kit.ids import new_hold_id
+from services.ledger.replay import replay
+from tests.builders import charge_line, charges_rated, hold_leg, place_hold
+from tests.conftest import Database
+from tests.integration.ledger.driving import Driver
+
+pytestmark = pytest.mark.anyio
+
+
+def swift(driver: Driver) -> Driver:
+    return replace(driver, settings=driver.settings.model_copy(update={"sweep_seconds": 0.05}))
+
+
+def usd(amount: str) -> Amount:
+    return Amount(amount=amount, unit="usd")
+
+
+async def test_a_lot_ends_and_a_hold_is_resolved_without_anybody_asking(driver: Driver, database: Database) -> None:
+    driver = swift(driver)
+    async with driver.running():
+        await driver.funded("acme", "10")
+        ends = datetime.now(tz=UTC) + timedelta(seconds=1)
+        await driver.accepted(
+            words.Grant(idempotency_key="g", account="acme", unit="usd", amount="3", priority=200, expires_at=ends)
+        )
+        released, estimated = new_hold_id("acme"), new_hold_id("acme")
+        hold = place_hold(released, hold_leg("usd", "2"), key="h1").model_copy(update={"lifetime_seconds": 1})
+        await driver.accepted(hold)
+        await driver.accepted(
+            hold.model_copy(update={"hold": estimated, "idempotency_key": "h2", "overdue": "charge_estimate"})
+        )
+        await driver.until("SELECT count(*) FROM holds WHERE status = 'placed'", 0)
+        await driver.until("SELECT count(*) FROM lots WHERE expired > 0", 1)
+        assert await driver.rows("SELECT posted, held FROM wallets") == [(8 * 10**9, 0)]
+        (gone,) = await driver.facts(words.LotExpired)
+        assert isinstance(gone, words.LotExpired)
+        assert gone.expired == usd("3")
+        ended = {
+            fact.hold: (fact.released, fact.estimated)
+            for fact in await driver.facts(words.HoldExpired)
+            if isinstance(fact, words.HoldExpired)
+        }
+        assert ended == {released: ((usd("2"),), ()), estimated: ((), (usd("2"),))}
+        # Nobody asked: nothing is replayed for it, and nothing of it is done again.
+        keys = await driver.rows("SELECT idempotency_key FROM commands WHERE principal = 'tester' ORDER BY 1")
+        assert [row[0] for row in keys] == ["g", "h1", "h2", "key-1", "key-2"]
+        before = await driver.dump()
+        await driver.accepted(words.Charge(idempotency_key="c", line=charge_line("e", usd="1", hold=estimated)))
+        (settled,) = await driver.facts(words.HoldSettled)
+        assert isinstance(settled, words.HoldSettled)
+        assert (settled.hold, settled.released) == (estimated, (usd("2"),))
+        assert len((await driver.dump())["journal"]) > len(before["journal"])
+        assert await driver.rows("SELECT posted, held FROM wallets") == [(9 * 10**9, 0)]
+        assert replay(database.url("ledger_owner")).is_equal
+
+
+async def test_periods_that_were_missed_while_no_ledger_ran_are_granted_once_each(
+    driver: Driver, database: Database
+) -> None:
+    driver = swift(driver)
+    begins = datetime.now(tz=UTC) - timedelta(days=2, hours=1)
+    async with driver.running():
+        wallets = (words.WalletSpec(unit="tokens"),)
+        await driver.accepted(words.OpenAccount(idempotency_key="o", account="acme", wallets=wallets))
+        daily = words.RuleSpec(id="daily", unit="tokens", amount="100", period="day", anchor=begins, rollover_max="50")
+        done = await driver.accepted(words.SetRule(idempotency_key="r", account="acme", rule=daily))
+        assert [each.available for each in done.remaining] == ["150"]
+    periods = "SELECT period, granted, posted FROM lots WHERE rule_id = 'daily' ORDER BY 1"
+    assert await driver.rows(periods) == [(0, 100, 0), (1, 150, 0), (2, 150, 150)]
+    # As if the process had been away for a day: its clock cannot be set, but what is due can.
+    async with driver.running():
+        granted = await driver.facts(words.LotGranted)
+        assert [fact.period for fact in granted if isinstance(fact, words.LotGranted)] == [0, 1, 2]
+        assert replay(database.url("ledger_owner")).is_equal
+
+
+async def test_many_accounts_are_swept_some_at_a_time(driver: Driver, database: Database) -> None:
+    settings = driver.settings.model_copy(update={"sweep_seconds": 0.05, "sweep_cost_max": 4})
+    driver = replace(driver, settings=settings)
+    async with driver.running():
+        accounts = [f"org{number}" for number in range(25)]
+        for account in accounts:
+            await driver.funded(account, "1")
+        ends = datetime.now(tz=UTC) + timedelta(seconds=2)
+        await asyncio.gather(
+            *(
+                driver.accepted(
+                    words.Grant(idempotency_key=account, account=account, unit="usd", amount="1", expires_at=ends)
+                )
+                for account in accounts
+            )
+        )
+        await driver.until("SELECT count(*) FROM journal WHERE kind = 'lot_expired' AND posted < 0", 25)
+        assert len(await driver.facts(words.LotExpired)) == 25
+        assert replay(database.url("ledger_owner")).is_equal
+
+
+async def test_a_charge_of_long_ago_counts_in_its_own_period_though_its_lot_is_long_gone(
+    driver: Driver, database: Database
+) -> None:
+    driver = swift(driver)
+    begins = datetime.now(tz=UTC) - timedelta(days=3, hours=1)
+    daily = words.RuleSpec(id="daily", unit="tokens", amount="100", period="day", anchor=begins)
+    async with driver.running():
+        wallets = (words.WalletSpec(unit="tokens"),)
+        await driver.accepted(words.OpenAccount(idempotency_key="o", account="acme", wallets=wallets))
+        await driver.accepted(words.SetRule(idempotency_key="r", account="acme", rule=daily))
+    periods = "SELECT period, kind, posted, expired FROM lots WHERE rule_id = 'daily' ORDER BY period, kind"
+    full = [(0, "plan", 0, 100), (1, "plan", 0, 100), (2, "plan", 0, 100), (3, "plan", 100, 0)]
+    assert await driver.rows(periods) == full
+    # Another process has not got in memory what ended so long ago.
+    async with driver.running():
+        first, second = (
+            charge_line(f"e{hours}", amounts={"tokens": amount}, occurred_at=begins + timedelta(hours=hours))
+            for hours, amount in ((1, "30"), (25, "120"))
+        )
+        await driver.publish(charges_rated(first, second))
+        await driver.until("SELECT max(charges_number) FROM heads", 1)
+        assert await driver.rows(periods) == [
+            (0, "plan", 0, 70),
+            (1, "overage", -20, 0),
+            (1, "plan", 0, 0),
+            (2, "plan", 0, 100),
+            (3, "plan", 100, 0),
+        ]
+        assert replay(database.url("ledger_owner")).is_equal
