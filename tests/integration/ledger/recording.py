@@ -348,12 +348,13 @@ class Recorder:
         )
 
     def _void(self) -> Command:
-        lots = [
+        # In an order of their own: that of memory is the one in which the database happened to hand them over.
+        lots = sorted(
             (lot.account, lot.id)
             for owned in self.ledger._owned.values()
             for lot in owned.state.lots()
             if lot.kind in {"plan", "promo", "purchase"}
-        ]
+        )
         account, lot = (
             self.chance.choice(lots) if lots else (self._account(), str(uuid7(milliseconds=1, entropy=bytes(10))))
         )
