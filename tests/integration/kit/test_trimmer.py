@@ -40,7 +40,7 @@ async def acknowledge(client: Client, name: str, durable: str, *, messages: int)
     await reader.add(durable)
     batch: list[Msg] = []
     # A batch may be cut short when the machine is slow: the rest comes with the next one.
-    while len(batch) < messages and (more := await reader.next_batch(messages_max=messages, timeout_seconds=5)):
+    while (left := messages - len(batch)) and (more := await reader.next_batch(messages_max=left, timeout_seconds=5)):
         batch += more
     assert len(batch) == messages
     await reader.ack(batch)
