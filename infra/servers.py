@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -33,6 +34,8 @@ MEBIBYTE: Final = 1 << 20
 ISOLATION_VARIABLE: Final = "SCRIP_POSTGRES_ISOLATION"
 
 _FREE_PORT_ATTEMPTS: Final = 5
+_PORT_MIN: Final = 10_000
+_OUTGOING_PORT_DEFAULT: Final = 32_768
 
 
 class EmbeddedServer(ABC):
@@ -358,12 +361,29 @@ class EmbeddedNats(EmbeddedServer):
         return super()._refusal(log, ending)
 
 
+_given: Final[set[int]] = set()
+
+
 def free_port() -> int:
-    """A port of the loopback address that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port of the loopback address that nobody listens on, and that this process was not given before.
+
+    It lies below the ports the system gives to outgoing connections, so that no connection takes it before its
+    server starts.
+    """
+    ports = [port for port in _ports_to_give() if port not in _given]
+    for port in random.sample(ports, len(ports)):
+        if port_is_free(port):
+            _given.add(port)
+            return port
+    raise StackError("No port of the loopback address is free.")
+
+
+def _ports_to_give() -> range:
+    try:
+        first_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except OSError:
+        first_outgoing = _OUTGOING_PORT_DEFAULT
+    return range(_PORT_MIN, max(first_outgoing, _PORT_MIN + 10_000))
 
 
 def port_is_free(port: int) -> bool:

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -28,7 +27,7 @@ class ScratchStack:
 
     def __init__(self, directory: Path) -> None:
         self.layout = Layout((directory / ".scrip").resolve())
-        self._ports = _distinct_ports()
+        self._ports = {name: free_port() for name in state.PORTS}
         self._output = directory / "up.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -131,10 +130,3 @@ class ScratchStack:
         if state.current_run(self.layout) is None:
             return "no supervisor runs"
         return next((why for service in SERVICES if (why := unready(self.url(service.name))) is not None), None)
-
-
-def _distinct_ports() -> dict[str, int]:
-    ports: Sequence[int] = []
-    while len(set(ports)) < len(state.PORTS):
-        ports = [free_port() for _ in state.PORTS]
-    return dict(zip(state.PORTS, ports, strict=True))

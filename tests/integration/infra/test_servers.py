@@ -96,6 +96,14 @@ def test_several_servers_run_side_by_side_on_free_ports(tmp_path: Path) -> None:
     assert port_is_free(one.port)
 
 
+def test_a_port_is_given_once_and_never_to_a_connection() -> None:
+    ports = [free_port() for _ in range(200)]
+    assert len(set(ports)) == 200
+    with socket.socket() as outgoing:
+        outgoing.bind((LOOPBACK, 0))
+        assert max(ports) < outgoing.getsockname()[1]
+
+
 @pytest.mark.parametrize(
     "isolation", ["", pytest.param("user", marks=pytest.mark.skipif(not ROOT, reason="only root becomes another user"))]
 )
