@@ -1,0 +1,55 @@
+"""Where foreign words stop: deliveries and HTTP bodies become usage or letters, charges become the ledger's lines."""
+
+from services.metering.translate.charges import Priced, outbox_row, priced
+from services.metering.translate.prices import (
+    InvalidVersion,
+    PriceBookRow,
+    VersionDifference,
+    VersionRow,
+    difference_row,
+    models_as_json,
+    price_book_as_json,
+    read_catalogue_versions,
+    read_price_book,
+    read_version,
+    stored_version,
+)
+from services.metering.translate.usage import (
+    dead,
+    logged_usage,
+    message_id,
+    read_account_opened,
+    read_delivery,
+    read_report,
+    redriven,
+    reporter_of,
+    stored_at,
+    traceparent_of,
+)
+
+__all__ = [
+    "InvalidVersion",
+    "PriceBookRow",
+    "Priced",
+    "VersionDifference",
+    "VersionRow",
+    "dead",
+    "difference_row",
+    "logged_usage",
+    "message_id",
+    "models_as_json",
+    "outbox_row",
+    "price_book_as_json",
+    "priced",
+    "read_account_opened",
+    "read_catalogue_versions",
+    "read_delivery",
+    "read_price_book",
+    "read_report",
+    "read_version",
+    "redriven",
+    "reporter_of",
+    "stored_at",
+    "stored_version",
+    "traceparent_of",
+]
