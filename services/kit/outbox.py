@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final
@@ -29,6 +30,8 @@ RETRY_SECONDS_MIN: Final = 0.1
 RETRY_SECONDS_MAX: Final = 5.0
 # Rows of a partition kept in memory; beyond, they are read from the table when their turn comes.
 LANE_ROWS_MAX: Final = 2_000
+# How far a relay got is stored now and then: who dies in between publishes a little once more.
+STORE_EVERY_SECONDS: Final = 0.1
 PRUNE_EVERY_SECONDS: Final = 30.0
 PRUNE_ROWS_MAX: Final = 20_000
 
@@ -118,6 +121,9 @@ class Relay:
         self._wake = asyncio.Event()
         self._stopping = False
         self._polled_at = 0.0
+        # Published, by partition, and not stored as `relayed` yet.
+        self._reached: dict[int, int] = {}
+        self._stored_at = 0.0
         self._pruned_at = time.monotonic()
 
     @property
@@ -157,6 +163,8 @@ class Relay:
                 log.error("outbox not readable", stream=self._stream, retry_seconds=delay, error=str(error).strip())
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, RETRY_SECONDS_MAX)
+        with suppress(psycopg.OperationalError, PoolTimeout):
+            await self._store()
 
     def stop(self) -> None:
         """Let `run` return after the batch in hand."""
@@ -170,6 +178,8 @@ class Relay:
         rows = self._take()
         if rows:
             await self._publish(rows)
+        if time.monotonic() - self._stored_at >= STORE_EVERY_SECONDS:
+            await self._store()
         await self._prune()
         OUTBOX_BLOCKED.labels(stream=self._stream).set(sum(lane.failures > 0 for lane in self._lanes.values()))
         return bool(rows)
@@ -260,7 +270,7 @@ class Relay:
             else:
                 reached[row.partition] = row.number
         # The failure comes second: an advance forgets earlier failures.
-        await self._advance(reached)
+        self._advance(reached)
         for partition, reason in stopped.items():
             if lane := self._lanes.get(partition):
                 lane.fail()
@@ -274,23 +284,28 @@ class Relay:
                     reason=reason,
                 )
 
-    async def _advance(self, reached: dict[int, int]) -> None:
+    def _advance(self, reached: Mapping[int, int]) -> None:
         for partition, number in reached.items():
             if lane := self._lanes.get(partition):
                 lane.advance(number)
-        if not reached:
+        self._reached.update(reached)
+
+    async def _store(self) -> None:
+        """Store how far it got. Losing this in a crash means publishing once more, which consumers tolerate."""
+        if not self._reached:
             return
-        partitions = sorted(reached)
+        reached = dict(sorted(self._reached.items()))
         async with self._pool.connection() as connection, connection.transaction():
-            # Losing this in a crash means publishing once more, which consumers tolerate.
             await connection.execute("SET LOCAL synchronous_commit = off")
             await connection.execute(
                 """
                 INSERT INTO relayed AS r (partition, number) SELECT * FROM unnest(%s::smallint[], %s::bigint[])
                 ON CONFLICT (partition) DO UPDATE SET number = excluded.number WHERE r.number < excluded.number
                 """,
-                [partitions, [reached[partition] for partition in partitions]],
+                [list(reached), list(reached.values())],
             )
+        self._reached.clear()
+        self._stored_at = time.monotonic()
 
     async def _prune(self) -> None:
         if self._keep_seconds is None or time.monotonic() - self._pruned_at < PRUNE_EVERY_SECONDS or not self._lanes:

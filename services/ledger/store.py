@@ -1,6 +1,6 @@
 """The ledger's statements: heads, loading what a batch needs, writing what it decided. Set-wise; never commits."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from functools import cache
@@ -299,29 +299,61 @@ async def oldest_due(
 
 async def write(connection: Connection, batch: Sequence[Written], signature: Signature | None = None) -> None:
     """Write what was decided, and commit, in one round trip. HeadMoved: nothing was, another owner was first."""
+    rows = {table: found for table, found in _rows_of(batch, signature) if found}
+    values = [*_head_columns(batch)]
+    for found in rows.values():
+        values += _columns(found)
     try:
         async with connection.pipeline():
-            await _advance_heads(connection, batch)
-            await _insert(connection, tables.journal, [_entry_row(one, each) for one in batch for each in one.entries])
-            await _insert(connection, tables.commands, [row for one in batch for row in one.commands])
-            await _insert(connection, tables.bundles, [row for one in batch for row in one.bundles])
-            for table, name in ((tables.charge_lines, "lines"), (tables.reversals, "reversals")):
-                await _insert(
-                    connection,
-                    table,
-                    [(*row, one.after.recorded_at) for one in batch for row in getattr(one, name)],
-                )
-            if signature is not None:
-                await _insert(connection, tables.signatures, _signature_rows(batch, signature))
-            for table in tables.PROJECTIONS:
-                await _upsert(connection, table, [row for one in batch for row in one.projections[table.name]])
-            await _insert(connection, tables.outbox, [_outbox_row(row) for one in batch for row in one.outbox])
+            await connection.execute(_write_statement(tuple(rows)), values)
             await dead_letters.record(connection, [letter for one in batch for letter in one.letters])
             await connection.commit()
     except psycopg.Error as error:
         if error.sqlstate == _HEAD_MOVED:
             raise HeadMoved(f"partitions {error.diag.message_detail}") from error
         raise
+
+
+def _rows_of(batch: Sequence[Written], signature: Signature | None) -> Iterator[tuple[Table, list[Row]]]:
+    """By table, the rows of a batch."""
+    yield tables.journal, [_entry_row(one, each) for one in batch for each in one.entries]
+    yield tables.commands, [row for one in batch for row in one.commands]
+    yield tables.bundles, [row for one in batch for row in one.bundles]
+    yield tables.charge_lines, [(*row, one.after.recorded_at) for one in batch for row in one.lines]
+    yield tables.reversals, [(*row, one.after.recorded_at) for one in batch for row in one.reversals]
+    if signature is not None:
+        yield tables.signatures, _signature_rows(batch, signature)
+    for table in tables.PROJECTIONS:
+        yield table, [row for one in batch for row in one.projections[table.name]]
+    yield tables.outbox, [_outbox_row(row) for one in batch for row in one.outbox]
+
+
+@cache
+def _write_statement(written: tuple[Table, ...]) -> sql.SQL:
+    """Advance the heads, and add rows to tables, as one statement: each costs by itself, whatever it adds.
+
+    The heads come first: what a SELECT needs is done before what a WITH merely adds.
+    """
+    additions = "".join(f", {table.name}_ AS ({_addition(table)})" for table in written)
+    return sql.SQL(f"WITH heads_ AS ({_ADVANCE}){additions} SELECT count(*) FROM heads_")
+
+
+_ADVANCE: Final = (
+    "SELECT advance_heads(%s::smallint[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bytea[],"
+    " %s::timestamptz[], %s::bigint[], %s::bigint[])"
+)
+
+
+def _addition(table: Table) -> str:
+    """INSERT of any number of rows, whose columns are arrays; those of projections replace what is there."""
+    names = ", ".join(column.name for column in table.columns)
+    arrays = ", ".join(f"%s::{column.type.compile(dialect=_POSTGRESQL)}[]" for column in table.columns)
+    statement = f"INSERT INTO {table.name} ({names}) SELECT * FROM unnest({arrays})"
+    if table not in tables.PROJECTIONS:
+        return statement
+    key = ", ".join(column.name for column in table.primary_key)
+    values = ", ".join(f"{column.name} = excluded.{column.name}" for column in table.columns if not column.primary_key)
+    return f"{statement} ON CONFLICT ({key}) DO UPDATE SET {values}"
 
 
 def _signature_rows(batch: Sequence[Written], signature: Signature) -> list[Row]:
@@ -342,23 +374,19 @@ def _signature_rows(batch: Sequence[Written], signature: Signature) -> list[Row]
     ]
 
 
-async def _advance_heads(connection: Connection, batch: Sequence[Written]) -> None:
-    await connection.execute(
-        "SELECT advance_heads(%s::smallint[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bytea[],"
-        " %s::timestamptz[], %s::bigint[], %s::bigint[])",
-        _columns(
-            (
-                one.after.partition,
-                one.before.epoch,
-                one.before.batch,
-                one.after.batch,
-                one.after.chain_hash,
-                one.after.recorded_at,
-                one.after.outbox_number,
-                one.after.charges_number,
-            )
-            for one in batch
-        ),
+def _head_columns(batch: Sequence[Written]) -> list[str]:
+    return _columns(
+        (
+            one.after.partition,
+            one.before.epoch,
+            one.before.batch,
+            one.after.batch,
+            one.after.chain_hash,
+            one.after.recorded_at,
+            one.after.outbox_number,
+            one.after.charges_number,
+        )
+        for one in batch
     )
 
 
@@ -387,16 +415,6 @@ def _entry_row(written: Written, recorded: Recorded) -> Row:
 
 def _outbox_row(row: OutboxRow) -> Row:
     return (row.partition, row.number, row.subject, row.message_id, row.payload, row.recorded_at)
-
-
-async def _insert(connection: Connection, table: Table, rows: Sequence[Row]) -> None:
-    if rows:
-        await connection.execute(_insert_statement(table), _columns(rows))
-
-
-async def _upsert(connection: Connection, table: Table, rows: Sequence[Row]) -> None:
-    if rows:
-        await connection.execute(_insert_statement(table) + _replacing(table), _columns(rows))
 
 
 def _columns(rows: Iterable[Sequence[Any]]) -> list[str]:
@@ -449,22 +467,6 @@ def _element(value: Any) -> str:
             return f'"{value.isoformat()}"'
         case _:
             return str(value)
-
-
-@cache
-def _insert_statement(table: Table) -> sql.SQL:
-    """INSERT of any number of rows, whose columns are handed over as arrays."""
-    names = ", ".join(column.name for column in table.columns)
-    arrays = ", ".join(f"%s::{column.type.compile(dialect=_POSTGRESQL)}[]" for column in table.columns)
-    statement = f"INSERT INTO {table.name} ({names}) SELECT * FROM unnest({arrays})"
-    return sql.SQL(statement)
-
-
-@cache
-def _replacing(table: Table) -> sql.SQL:
-    key = ", ".join(column.name for column in table.primary_key)
-    values = ", ".join(f"{column.name} = excluded.{column.name}" for column in table.columns if not column.primary_key)
-    return sql.SQL(f" ON CONFLICT ({key}) DO UPDATE SET {values}")
 
 
 def _select(table: Table, *, keys: Mapping[str, str], on: str | None = None) -> sql.SQL:
