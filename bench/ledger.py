@@ -61,7 +61,7 @@ class LedgerBench(Measured):
 
     def charge(self, name: str, *, lines: int, accounts: int, seed: int) -> Charged:
         """Publish bundles of charges, wait until the last is committed, check every balance."""
-        balances, taken = self._balances(), self._lines()
+        balances, taken = self.posted(), self._lines()
         written, pids = self.bytes_written(), self.scratch.run.processes
         used = {process: cpu.cpu_seconds(pid) for process, pid in pids.items()}
         machine = cpu.machine()
@@ -75,7 +75,7 @@ class LedgerBench(Measured):
         end, machine_busy = time.monotonic(), cpu.busy(machine, cpu.machine())
         used = {process: cpu.cpu_seconds(pid) - used[process] for process, pid in pids.items()}
         published = json.loads(publisher.communicate(timeout=60)[0])
-        moved = {who: balances[who] - posted for who, posted in self._balances().items() if balances[who] != posted}
+        moved = {who: balances[who] - posted for who, posted in self.posted().items() if balances[who] != posted}
         wanted = bundles.expected(lines=lines, accounts=accounts, seed=seed)
         if moved != dict(wanted):
             raise AssertionError(f"{name}: {sum(moved.values())} nano-dollars charged, {sum(wanted.values())} expected")
@@ -135,9 +135,6 @@ class LedgerBench(Measured):
             stdout=subprocess.PIPE,
             text=True,
         )
-
-    def _balances(self) -> dict[str, int]:
-        return dict(self._database.execute("SELECT account, posted FROM ledger.wallets WHERE unit = 'usd'").fetchall())
 
     def _lines(self) -> int:
         return self.count("SELECT coalesce(sum(lines), 0) FROM ledger.bundles")

@@ -40,6 +40,10 @@ class Measured:
         self._admin_url = admin
         self._database = psycopg.connect(admin.removesuffix("/postgres") + f"/{DATABASE}", autocommit=True)
 
+    def close(self) -> None:
+        """Ask the database no more."""
+        self._database.close()
+
     def durability(self) -> dict[str, str]:
         """What the servers say about what they keep."""
         found = {
@@ -94,6 +98,10 @@ class Measured:
 
     def count(self, statement: str) -> int:
         return int(self._database.execute(statement.encode()).fetchall()[0][0])
+
+    def posted(self) -> dict[str, int]:
+        """What each account has posted, in nano-dollars."""
+        return dict(self._database.execute("SELECT account, posted FROM ledger.wallets WHERE unit = 'usd'").fetchall())
 
     def wait_for(
         self,

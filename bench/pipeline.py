@@ -84,7 +84,7 @@ class Bench(Measured):
 
     def run(self, load: Load) -> Run:
         """Send a load through, wait for the last balance, check the totals."""
-        balances = self._balances()
+        balances = self.posted()
         lines = self._lines()
         written = self.bytes_written()
         pids = self.scratch.run.processes
@@ -118,7 +118,7 @@ class Bench(Measured):
         )
 
     def _check(self, load: Load, before: Mapping[str, int]) -> None:
-        after = self._balances()
+        after = self.posted()
         moved = {name: before[name] - posted for name, posted in after.items() if before[name] != posted}
         wanted = expected(load)
         if moved != dict(wanted):
@@ -126,10 +126,6 @@ class Bench(Measured):
                 f"{load.name}: balances moved by {sum(moved.values())} nano-dollars on {len(moved)} accounts,"
                 f" the events cost {sum(wanted.values())} on {len(wanted)}"
             )
-
-    def _balances(self) -> dict[str, int]:
-        rows = self._database.execute("SELECT account, posted FROM ledger.wallets WHERE unit = 'usd'").fetchall()
-        return dict(rows)
 
     def _lines(self) -> int:
         return self.count("SELECT coalesce(sum(lines), 0) FROM ledger.bundles")
