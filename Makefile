@@ -29,7 +29,7 @@ soak: $(DEVELOPMENT) ## the long forms of the tests
 	$(BIN)/python -m pytest -m soak --timeout 0
 
 bench: $(DEVELOPMENT) ## measure what the README claims
-	$(BIN)/python -m bench.pipeline
+	$(BIN)/python -m bench.metering
 
 lock: ## pin the dependencies of pyproject.toml anew (needs uv)
 	@command -v uv >/dev/null || { echo "uv is missing: install it, see https://docs.astral.sh/uv/." >&2; exit 1; }

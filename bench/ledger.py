@@ -113,11 +113,6 @@ class LedgerBench(Measured):
             *("--after", json.dumps(self._charges_numbers())),
         )
 
-    def memory_bytes(self) -> int:
-        """What the ledger's process holds in memory."""
-        status = Path(f"/proc/{self.scratch.run.processes['ledger']}/status").read_text()
-        return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmRSS:")).split()[1])
-
     def journal_entries(self) -> int:
         """How many entries the journal has."""
         return self.count("SELECT count(*) FROM ledger.journal")
@@ -252,7 +247,7 @@ def memory(bench: LedgerBench, *, accounts: int) -> None:
         names = [f"memory-{each}" for each in range((number - 1) * step, number * step)]
         asyncio.run(funding.open_accounts(bench.stack, names))
         bench.console.print(
-            f"{number * step:,} accounts touched: {bench.memory_bytes() / 2**20:,.0f} MiB", highlight=False
+            f"{number * step:,} accounts touched: {bench.resident_bytes('ledger') / 2**20:,.0f} MiB", highlight=False
         )
 
 

@@ -103,6 +103,11 @@ class Measured:
         """What each account has posted, in nano-dollars."""
         return dict(self._database.execute("SELECT account, posted FROM ledger.wallets WHERE unit = 'usd'").fetchall())
 
+    def resident_bytes(self, service: str) -> int:
+        """What a service's process holds in memory."""
+        status = Path(f"/proc/{self.scratch.run.processes[service]}/status").read_text()
+        return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmRSS:")).split()[1])
+
     def wait_for(
         self,
         count: Callable[[], int],

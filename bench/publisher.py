@@ -1,4 +1,5 @@
-"""The bench's publisher, a process of its own: synthetic usage events in atomic batches, as fast as they are confirmed.
+"""The bench's publisher, a process of its own: synthetic usage events in batches, as fast as they are confirmed or at a
+rate; over NATS, or over HTTP if it is told a URL. The time of an event is when it was sent.
 
 Prints one JSON line at the end: when it began and ended on the machine's monotonic clock, and its CPU time.
 """
@@ -11,16 +12,18 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
+import httpx2
 import msgspec
 import uvloop
 
 from contracts.partition import partition_of
-from contracts.streams import USAGE, usage_subject
+from contracts.streams import OPERATOR, USAGE, usage_subject
 from contracts.usage import MODEL_USED
 from infra.demo.events import MODEL, PROVIDER, SOURCE
 from infra.demo.publish import PASSWORD_VARIABLE, URL_VARIABLE, connect
@@ -29,6 +32,12 @@ from services.kit.publish import BATCH_SIZE_MAX, Message, publish_batch
 # Nano-dollars per token of the catalogue's gpt-4o-mini, as literals: the check must not share the price book.
 INPUT_NANOS: Final = 150
 OUTPUT_NANOS: Final = 600
+
+TOKEN_VARIABLE: Final = "BENCH_TOKEN"
+# At a rate, a batch is what comes in this time.
+BATCH_SECONDS: Final = 0.02
+
+_encode: Final = msgspec.json.Encoder(order="sorted").encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,45 +89,91 @@ def expected(load: Load) -> Counter[str]:
     return nanos
 
 
-async def publish(load: Load, *, in_flight: int) -> None:
-    """Publish the load with so many batches in flight, and print the times."""
+Send = Callable[[Sequence[Use]], Awaitable[None]]
+
+
+async def publish(load: Load, *, in_flight: int, rate: float | None, url: str | None) -> None:
+    """Publish the load with so many batches in flight, at most `rate` events a second, and print the times."""
+    async with AsyncExitStack() as stack:
+        send = await (_over_nats(load, stack) if url is None else _over_http(load, url, stack))
+        waiting = uses(load)
+        begin, cpu_begin = time.monotonic(), time.process_time()
+        sent = 0
+        size = BATCH_SIZE_MAX if rate is None else max(1, min(BATCH_SIZE_MAX, int(rate * BATCH_SECONDS)))
+
+        async def work() -> None:
+            nonlocal sent
+            while batch := [found for _, found in zip(range(size), waiting, strict=False)]:
+                sent += len(batch)
+                if rate is not None and (wait := begin + sent / rate - time.monotonic()) > 0:
+                    await asyncio.sleep(wait)
+                await send(batch)
+
+        await asyncio.gather(*(work() for _ in range(in_flight)))
+        report = {"begin": begin, "end": time.monotonic(), "cpu_seconds": time.process_time() - cpu_begin}
+        sys.stdout.write(json.dumps(report) + "\n")
+
+
+async def _over_nats(load: Load, stack: AsyncExitStack) -> Send:
     client = await connect(os.environ[URL_VARIABLE], os.environ[PASSWORD_VARIABLE])
-    messages = _messages(load)
-    begin, cpu_begin = time.monotonic(), time.process_time()
+    stack.push_async_callback(client.close)
 
-    async def work() -> None:
-        while batch := [found for _, found in zip(range(BATCH_SIZE_MAX), messages, strict=False)]:
-            await publish_batch(client, stream=USAGE, messages=batch, timeout_seconds=30)
+    async def send(batch: Sequence[Use]) -> None:
+        at = _now()
+        messages = [
+            Message(
+                subject=usage_subject(partition=partition_of(use.account), source=SOURCE),
+                payload=_encode(_event(load, use, source=SOURCE, at=at)),
+                message_id=f"{load.name}:{use.number}",
+            )
+            for use in batch
+        ]
+        await publish_batch(client, stream=USAGE, messages=messages, timeout_seconds=30)
 
-    await asyncio.gather(*(work() for _ in range(in_flight)))
-    report = {"begin": begin, "end": time.monotonic(), "cpu_seconds": time.process_time() - cpu_begin}
-    sys.stdout.write(json.dumps(report) + "\n")
-    await client.close()
+    return send
 
 
-def _messages(load: Load) -> Iterator[Message]:
-    time_of_use = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-    encode = msgspec.json.Encoder(order="sorted").encode
-    for use in uses(load):
-        event_id = f"{load.name}:{use.number}"
-        body = encode(
-            {
-                "specversion": "1.0",
-                "id": event_id,
-                "source": SOURCE,
-                "type": MODEL_USED,
-                "subject": use.account,
-                "time": time_of_use,
-                "data": {
-                    "provider": PROVIDER,
-                    "model": MODEL,
-                    "input_tokens": use.input_tokens,
-                    "output_tokens": use.output_tokens,
-                },
-            }
+async def _over_http(load: Load, url: str, stack: AsyncExitStack) -> Send:
+    client = await stack.enter_async_context(
+        httpx2.AsyncClient(
+            base_url=url,
+            headers={
+                "Authorization": f"Bearer {os.environ[TOKEN_VARIABLE]}",
+                "Content-Type": "application/cloudevents-batch+json",
+            },
+            timeout=30,
         )
-        subject = usage_subject(partition=partition_of(use.account), source=SOURCE)
-        yield Message(subject=subject, payload=body, message_id=event_id)
+    )
+
+    async def send(batch: Sequence[Use]) -> None:
+        at = _now()
+        body = _encode([_event(load, use, source=OPERATOR, at=at) for use in batch])
+        answer = await client.post("/api/v1/events", content=body)
+        if answer.status_code != httpx2.codes.NO_CONTENT:
+            raise RuntimeError(f"{answer.status_code}: {answer.text[:500]}")
+
+    return send
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def _event(load: Load, use: Use, *, source: str, at: str) -> dict[str, object]:
+    return {
+        "specversion": "1.0",
+        "id": f"{load.name}:{use.number}",
+        "source": source,
+        "type": MODEL_USED,
+        "subject": use.account,
+        "time": at,
+        "data": {
+            "provider": PROVIDER,
+            "model": MODEL,
+            "input_tokens": use.input_tokens,
+            "output_tokens": use.output_tokens,
+        },
+    }
 
 
 if __name__ == "__main__":
@@ -126,10 +181,14 @@ if __name__ == "__main__":
     parser.add_argument("--name", required=True, help="prefix of the event ids")
     for option in ("events", "accounts", "seed", "in-flight"):
         parser.add_argument(f"--{option}", type=int, required=True)
+    parser.add_argument("--rate", type=float, help="events a second; as fast as they are confirmed without it")
+    parser.add_argument("--url", help="of metering: over HTTP")
     given = parser.parse_args()
     uvloop.run(
         publish(
             Load(name=given.name, events=given.events, accounts=given.accounts, seed=given.seed),
             in_flight=given.in_flight,
+            rate=given.rate,
+            url=given.url,
         )
     )

@@ -1,4 +1,4 @@
-"""Events per second from the first publish to the last balance, everything durable, beside the rival's transaction.
+"""Usage events from the first publish to the last balance, everything durable, beside the rival's transaction.
 
 Starts a stack of its own in a temporary directory, asks the servers what they keep, and checks the totals of every run.
 """
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -23,12 +24,15 @@ from rich.table import Table
 from bench import cpu, funding, per_event
 from bench.measured import Measured, facts
 from bench.per_event import Rate
-from bench.publisher import Load, account, expected
+from bench.publisher import TOKEN_VARIABLE, Load, account, expected
+from contracts.streams import OPERATOR
 from infra.demo.publish import PASSWORD_VARIABLE, URL_VARIABLE
 from infra.demo.scratch_stack import REPOSITORY, ScratchStack
 
 ACCOUNTS: Final = 10_000
 RIVAL_EVENTS_MAX: Final = 8_000
+DELAY_SECONDS: Final = 20
+PARTS: Final = ("nats", "http", "delay", "growth")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +86,8 @@ class Bench(Measured):
             f"{ACCOUNTS:,} accounts opened and funded in {time.monotonic() - begin:.0f} s", highlight=False
         )
 
-    def run(self, load: Load) -> Run:
-        """Send a load through, wait for the last balance, check the totals."""
+    def run(self, load: Load, *, rate: float | None = None, over_http: bool = False) -> Run:
+        """Send a load through, at a rate if it has one, wait for the last balance, check the totals."""
         balances = self.posted()
         lines = self._lines()
         written = self.bytes_written()
@@ -94,9 +98,12 @@ class Bench(Measured):
             [
                 *(sys.executable, "-m", "bench.publisher", "--name", load.name, "--events", str(load.events)),
                 *("--accounts", str(load.accounts), "--seed", str(load.seed), "--in-flight", str(self._in_flight)),
+                *(() if rate is None else ("--rate", str(rate))),
+                *(("--url", self.stack.service_url("metering")) if over_http else ()),
             ],
             env=dict(os.environ)
-            | {URL_VARIABLE: self.stack.nats_url, PASSWORD_VARIABLE: self.stack.credentials.nats["demo"]},
+            | {URL_VARIABLE: self.stack.nats_url, PASSWORD_VARIABLE: self.stack.credentials.nats["demo"]}
+            | {TOKEN_VARIABLE: self.stack.credentials.tokens[OPERATOR]},
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
             text=True,
@@ -117,6 +124,17 @@ class Bench(Measured):
             bytes_written={place: after - written[place] for place, after in self.bytes_written().items()},
         )
 
+    def delays(self, name: str) -> tuple[float, float]:
+        """Milliseconds from when an event of a load was sent to when the ledger charged it: half and 99 % took less."""
+        half, most = (
+            self.count(
+                f"SELECT extract(epoch FROM percentile_disc({share}) WITHIN GROUP (ORDER BY recorded_at - occurred_at))"
+                f" * 1000000 FROM ledger.charge_lines WHERE event_id LIKE '{name}:%'"
+            )
+            for share in (0.5, 0.99)
+        )
+        return half / 1000, most / 1000
+
     def _check(self, load: Load, before: Mapping[str, int]) -> None:
         after = self.posted()
         moved = {name: before[name] - posted for name, posted in after.items() if before[name] != posted}
@@ -132,53 +150,96 @@ class Bench(Measured):
 
 
 def main() -> None:
-    """Measure, print, and write the JSON of it where asked."""
+    """Measure what is named, everything by default, and print."""
     arguments = _arguments()
     console = Console(width=120)
-    with tempfile.TemporaryDirectory(prefix="scrip-bench-") as directory:
-        scratch = ScratchStack(Path(directory))
-        with scratch:
-            bench = Bench(scratch, in_flight=arguments.in_flight, profile=arguments.profile, console=console)
-            console.print(facts(bench.durability()))
-            console.print(
-                "The rival does this for every event, in one transaction:\n  "
-                + per_event.TAKE
-                + "\n  "
-                + per_event.WRITE,
-                markup=False,
+    with (
+        tempfile.TemporaryDirectory(prefix="scrip-bench-") as directory,
+        ScratchStack(Path(directory)) as scratch,
+        closing(Bench(scratch, in_flight=arguments.in_flight, profile=arguments.profile, console=console)) as bench,
+    ):
+        console.print(facts(bench.durability()))
+        bench.open_accounts()
+        bench.run(Load(name="warm-up", events=min(arguments.events, 5_000), accounts=ACCOUNTS, seed=0))
+        parts = arguments.parts or PARTS
+        highest = arguments.rate
+        if "nats" in parts:
+            highest = nats(bench, events=arguments.events, rounds=arguments.rounds)
+        if "http" in parts:
+            http(bench, events=arguments.events, rounds=arguments.rounds)
+        if "delay" in parts:
+            if highest is None:
+                highest = bench.run(Load("highest", arguments.events, ACCOUNTS, seed=1)).events_per_second
+            delay(bench, events=arguments.events, rate=highest / 2)
+        if "growth" in parts:
+            growth(bench, events=arguments.events, loads=arguments.loads)
+
+
+def nats(bench: Bench, *, events: int, rounds: int) -> float:
+    """As fast as it goes over NATS, beside the rival; events per second on many accounts."""
+    bench.console.print(
+        f"The rival does this for every event, in one transaction:\n  {per_event.TAKE}\n  {per_event.WRITE}",
+        markup=False,
+        highlight=False,
+    )
+    runs: dict[str, list[Run]] = {variant.title: [] for variant in VARIANTS}
+    rates: dict[str, list[Rate]] = {variant.title: [] for variant in VARIANTS}
+    # Interleaved: what else the machine does meets both alike.
+    for number in range(1, rounds + 1):
+        for variant in VARIANTS:
+            run = bench.run(Load(f"{variant.title}-{number}", events, variant.accounts, seed=number))
+            runs[variant.title].append(run)
+            found = bench.rival(accounts=variant.accounts, events=max(500, min(events // 10, RIVAL_EVENTS_MAX)))
+            rates[variant.title] += found
+            bench.console.print(
+                f"round {number}, {variant.title}: {run.events_per_second:,.0f} events/s;"
+                + "".join(f" {rate.client} x{rate.connections} {rate.events_per_second:,.0f}" for rate in found),
                 highlight=False,
             )
-            bench.open_accounts()
-            bench.run(Load(name="warm-up", events=min(arguments.events, 5_000), accounts=ACCOUNTS, seed=0))
-            runs: dict[str, list[Run]] = {variant.title: [] for variant in VARIANTS}
-            rates: dict[str, list[Rate]] = {variant.title: [] for variant in VARIANTS}
-            # Interleaved: what else the machine does meets both alike.
-            for number in range(1, arguments.rounds + 1):
-                for variant in VARIANTS:
-                    load = Load(f"{variant.title}-{number}", arguments.events, variant.accounts, seed=number)
-                    run = bench.run(load)
-                    runs[variant.title].append(run)
-                    found = bench.rival(
-                        accounts=variant.accounts, events=max(500, min(arguments.events // 10, RIVAL_EVENTS_MAX))
-                    )
-                    rates[variant.title] += found
-                    console.print(
-                        f"round {number}, {variant.title}: {run.events_per_second:,.0f} events/s;"
-                        + "".join(
-                            f" {rate.client} x{rate.connections} {rate.events_per_second:,.0f}" for rate in found
-                        ),
-                        highlight=False,
-                    )
-            for variant in VARIANTS:
-                _show(console, variant, runs[variant.title], rates[variant.title])
+    for variant in VARIANTS:
+        _show(bench.console, variant.title, runs[variant.title], rates[variant.title])
+    return statistics.median(run.events_per_second for run in runs[VARIANTS[0].title])
 
 
-def _show(console: Console, variant: Variant, runs: list[Run], rates: list[Rate]) -> None:
+def http(bench: Bench, *, events: int, rounds: int) -> None:
+    """As fast as it goes over HTTP, in batches of the most that is taken at once."""
+    runs = [
+        bench.run(Load(f"http-{number}", events, ACCOUNTS, seed=number), over_http=True)
+        for number in range(1, rounds + 1)
+    ]
+    _show(bench.console, f"over HTTP, {ACCOUNTS:,} accounts", runs, [])
+
+
+def delay(bench: Bench, *, events: int, rate: float) -> None:
+    """From sending an event to its charge in the ledger, at a rate that leaves room."""
+    load = Load("delay", min(events, int(rate * DELAY_SECONDS)), ACCOUNTS, seed=7)
+    run = bench.run(load, rate=rate)
+    half, most = bench.delays(load.name)
+    bench.console.print(
+        f"at {load.events / run.publish_seconds:,.0f} events/s: sent to charged p50 {half:,.0f} ms, p99 {most:,.0f} ms",
+        highlight=False,
+    )
+
+
+def growth(bench: Bench, *, events: int, loads: int) -> None:
+    """One load after another: what each event costs, and what metering's process holds, as the log grows."""
+    table = Table("events before", "events/s", "CPU of metering, µs", "of PostgreSQL, µs", "metering holds, MiB")
+    before = bench.count("SELECT count(*) FROM metering.seen")
+    for number in range(loads):
+        run = bench.run(Load(f"growth-{number}", events, ACCOUNTS, seed=number))
+        table.add_row(
+            f"{before + number * events:,}",
+            f"{run.events_per_second:,.0f}",
+            *(f"{run.cpu_seconds[name] / events * 1e6:.1f}" for name in ("metering", "PostgreSQL")),
+            f"{bench.resident_bytes('metering') / 2**20:.0f}",
+        )
+    bench.console.print(table)
+
+
+def _show(console: Console, title: str, runs: list[Run], rates: list[Rate]) -> None:
     ours = statistics.median(run.events_per_second for run in runs)
     speeds = sorted(run.events_per_second for run in runs)
-    table = Table(
-        title=f"{variant.title}: median of {len(runs)} runs of {runs[0].events:,} events", title_justify="left"
-    )
+    table = Table(title=f"{title}: median of {len(runs)} runs of {runs[0].events:,} events", title_justify="left")
     table.add_column("what")
     table.add_column("value", justify="right")
     table.add_row("events/s, first publish to last balance", f"{ours:,.0f} ({speeds[0]:,.0f} to {speeds[-1]:,.0f})")
@@ -225,9 +286,12 @@ def _bound(runs: list[Run]) -> str:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.pipeline", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.metering", description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="what to measure; everything by default")
     parser.add_argument("--events", type=int, default=100_000, help="events per run")
     parser.add_argument("--rounds", type=int, default=5, help="runs per variant")
+    parser.add_argument("--loads", type=int, default=5, help="of `growth`, one after the other")
+    parser.add_argument("--rate", type=float, help="the highest, if it is known; `delay` takes half of it")
     parser.add_argument("--in-flight", type=int, default=2, help="atomic batches the publisher has under way")
     parser.add_argument("--profile", action="store_true", help="print the processes' ids, for py-spy or perf")
     return parser.parse_args()
