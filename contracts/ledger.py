@@ -35,6 +35,7 @@ HOLD_SECONDS_MAX = 86_400
 THRESHOLDS_MAX = 16
 SCOPE_NAMES_MAX = 64
 RULES_MAX = 16
+EVERY_MAX = 1_000
 LIST_MAX = 256
 
 
@@ -98,7 +99,7 @@ class RuleSpec(_Frozen):
     zone: Annotated[
         str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_+/-]+$", examples=["Europe/Berlin"])
     ] = "UTC"
-    every: Annotated[int, Field(ge=1, le=1000)] = 1
+    every: Annotated[int, Field(ge=1, le=EVERY_MAX)] = 1
     kind: LotKind = "plan"
     priority: Annotated[int, Field(ge=0, le=1000)] = 100
     rollover_min: AmountText = "0"

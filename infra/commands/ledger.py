@@ -2,6 +2,8 @@
 
 import sys
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -229,18 +231,31 @@ def export(
     path: Annotated[str, typer.Argument(help="The account.")],
     *,
     below: Annotated[bool, typer.Option(help="With all accounts below it.")] = False,
+    written_as: Annotated[str, typer.Option("--format", help="csv or parquet.")] = "csv",
     to: Annotated[Path | None, typer.Option(help="A file that is not there yet. Default: standard output.")] = None,
 ) -> None:
-    """Write the entries of an account's wallets as CSV."""
-    query = {"account": path, "below": str(below).lower(), "format": "csv"}
+    """Write the entries of an account's wallets as CSV or Parquet."""
+    query = {"account": path, "below": str(below).lower(), "format": written_as}
     if to is None:
+        if written_as != "csv" and sys.stdout.isatty():
+            raise StackError(f"What is written as {written_as} is no text: name a file, with --to.")
         ServiceApi.running("ledger").stream("/v1/exports/journal", query, sys.stdout.buffer)
         return
     try:
-        with to.open("xb") as file:
+        with to.open("xb") as file, _whole(to):
             ServiceApi.running("ledger").stream("/v1/exports/journal", query, file)
     except OSError as error:
         raise StackError(f"{to} cannot be written: {error.strerror}.") from error
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[None]:
+    """Remove the file if it did not become whole: a part of an export looks like all of one."""
+    try:
+        yield
+    except BaseException:
+        file.unlink()
+        raise
 
 
 def _command(path: str, body: Json, *, key: str | None) -> Json:

@@ -426,7 +426,7 @@ def _log_refusal(reply: ledger.Accepted | ledger.Refused | ledger.Failed) -> Non
     if isinstance(reply, ledger.Failed):
         FAULTS.labels(place="gateway.release").inc()
         log.error("the ledger cannot read a release", code=reply.code, reason=reply.message)
-    elif isinstance(reply, ledger.Refused) and reply.code not in ("hold_settled", "hold_released"):
+    elif isinstance(reply, ledger.Refused) and reply.code not in ("hold_settled", "hold_released", "hold_expired"):
         log.error("release refused", code=reply.code, reason=reply.message)
 
 
@@ -437,6 +437,7 @@ class PriceReader:
         self._settings = settings
         self._prices = prices
         self._problem: str | None = None
+        self._body: bytes | None = None
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
@@ -462,7 +463,10 @@ class PriceReader:
         try:
             response = await client.get(f"{self._settings.metering_url}/api/v1/price-book")
             response.raise_for_status()
-            self._prices.replace(translate.read_price_book(response.content))
+            if response.content != self._body:
+                # A book of thousands of models takes a while to read. Nobody who calls waits for that.
+                self._prices.replace(await asyncio.to_thread(translate.read_price_book, response.content))
+                self._body = response.content
         except (httpx2.HTTPError, translate.UnreadablePrices) as error:
             problem = f"{type(error).__name__}: {error}"
             if problem != self._problem:

@@ -29,6 +29,7 @@ from contracts.partition import PARTITION_COUNT
 from contracts.streams import LEDGER
 from services.ledger.domain.chain import GENESIS, columns_hash
 from services.ledger.domain.commands import LotScope, Scope
+from services.ledger.domain.entries import Charged
 from services.ledger.domain.laws import KnownHold, KnownLot, KnownWallet, Laws, Line, more_than_charged
 from services.ledger.signing import heads_of, is_signed
 from services.ledger.translate import lines_hash
@@ -439,18 +440,18 @@ class _Partition:
             of_transaction = by_transaction.pop(transaction, None)
             if charged is None and of_transaction is None:
                 continue
-            self._check_lines(entries, of_transaction or [], None if charged is None else charged.lines_hash)
+            self._check_lines(entries, of_transaction or [], charged)
         for transaction in by_transaction:
             self._result.find(last[0], 0, f"charge lines say they are of transaction {transaction}, which is not there")
 
-    def _check_lines(self, entries: Sequence[TupleRow], lines: Sequence[TupleRow], wanted: str | None) -> None:
+    def _check_lines(self, entries: Sequence[TupleRow], lines: Sequence[TupleRow], wanted: Charged | None) -> None:
         first = entries[0]
         if wanted is None:
             self._result.find(first[0], first[1], f"{len(lines)} charge lines say they are of its transaction")
-        elif lines_hash([(self._partition, *line) for line in lines]) != wanted:
+        elif lines_hash([(self._partition, *line) for line in lines]) != wanted.lines_hash:
             self._result.find(first[0], first[1], f"the {len(lines)} charge lines of its transaction are not its own")
         else:
-            self._laws.check_lines(entries, [_line(line) for line in lines])
+            self._laws.check_lines(entries, [_line(line) for line in lines], required=wanted.required)
 
     def _check_signature(self, last: TupleRow) -> None:
         """The batch's last entry has been signed, with whatever else its commit moved."""
@@ -647,12 +648,15 @@ def _recall(connection: Connection[TupleRow], laws: Laws, partition: int, after:
     for account, unit, policy, overdraft in connection.execute(_WALLETS_THEN, parameters).fetchall():
         laws.wallets[account, unit] = KnownWallet(policy, overdraft)
     for row in connection.execute(_LOTS_THEN, parameters).fetchall():
-        lot_id, account, unit, kind, effective_at, expires_at, scope, posted, held, frozen = row
+        lot_id, account, unit, kind, effective_at, expires_at, scope, posted, held, frozen, expired = row
         lot = KnownLot(lot_id, account, unit, kind, effective_at, expires_at, posted=posted, held=held, frozen=frozen)
         lot.scope = None if scope is None else _decode_lot_scope(scope)
+        lot.expired = expired
         laws.lots[lot_id] = lot
         if (posted or held or frozen) and (account, unit) in laws.wallets:
             laws.wallets[account, unit].lots[lot_id] = lot
+        if expired and (account, unit) in laws.wallets:
+            laws.wallets[account, unit].expired[lot_id] = lot
     for hold_id, status, scope, has_deadline, recorded_at, ended_at in connection.execute(_HOLDS_THEN, parameters):
         laws.holds[hold_id] = KnownHold(
             status,
@@ -689,13 +693,15 @@ WITH touched AS (
     SELECT DISTINCT account, unit FROM journal
     WHERE partition = %(partition)s AND batch > %(after)s AND unit IS NOT NULL AND left(account, 1) <> '@'
 ), added AS (
-    SELECT lot_id, sum(posted)::bigint AS posted, sum(held)::bigint AS held, sum(frozen)::bigint AS frozen
+    SELECT lot_id, sum(posted)::bigint AS posted, sum(held)::bigint AS held, sum(frozen)::bigint AS frozen,
+           sum(posted) FILTER (WHERE kind IN ('lot_expired', 'lot_revived'))::bigint AS not_expired
     FROM journal WHERE partition = %(partition)s AND batch > %(after)s AND lot_id IS NOT NULL GROUP BY 1
 )
 SELECT l.lot_id::text, l.account, l.unit, l.kind, l.effective_at, l.expires_at, l.scope,
-       l.posted - coalesce(a.posted, 0), l.held - coalesce(a.held, 0), l.frozen - coalesce(a.frozen, 0)
+       l.posted - coalesce(a.posted, 0), l.held - coalesce(a.held, 0), l.frozen - coalesce(a.frozen, 0),
+       l.expired + coalesce(a.not_expired, 0)
 FROM lots l JOIN touched USING (account, unit) LEFT JOIN added a USING (lot_id)
-WHERE l.partition = %(partition)s AND l.batch <= %(after)s AND (NOT l.spent OR a.lot_id IS NOT NULL)
+WHERE l.partition = %(partition)s AND l.batch <= %(after)s AND (NOT l.spent OR a.lot_id IS NOT NULL OR l.expired > 0)
 """
 
 _TOUCHED_HOLDS: Final[LiteralString] = """

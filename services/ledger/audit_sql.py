@@ -84,6 +84,40 @@ CHECKS: Final = (
         """,
     ),
     Check(
+        "claims take of a payment what they come to, and freeze no more",
+        """
+        SELECT partition, payment, root, p.paid, p.clawed, l.clawed, p.disputed, l.frozen
+        FROM (
+            SELECT partition, payment, split_part(account, '/', 1) AS root, sum(paid) AS paid,
+                   sum(least(paid, claimed)) AS clawed,
+                   sum(least(paid - least(paid, claimed), disputed)) AS disputed
+            FROM payments GROUP BY 1, 2, 3
+        ) p FULL JOIN (
+            SELECT partition, reference AS payment, split_part(account, '/', 1) AS root,
+                   sum(clawed + pending) AS clawed, sum(frozen + pending_frozen) AS frozen
+            FROM lots WHERE kind = 'purchase' AND reference IS NOT NULL GROUP BY 1, 2, 3
+        ) l USING (partition, payment, root)
+        WHERE coalesce(p.clawed, 0) <> coalesce(l.clawed, 0)
+           OR coalesce(l.frozen, 0) NOT BETWEEN 0 AND coalesce(p.disputed, 0)
+        """,
+    ),
+    Check(
+        "claims take of a bonus in proportion to what they take of its payment",
+        """
+        SELECT partition, payment, root, unit, p.paid, p.clawed, b.granted, b.clawed
+        FROM (
+            SELECT partition, payment, split_part(account, '/', 1) AS root, sum(paid) AS paid,
+                   sum(least(paid, claimed)) AS clawed
+            FROM payments GROUP BY 1, 2, 3 HAVING count(*) = 1
+        ) p JOIN (
+            SELECT partition, reference AS payment, split_part(account, '/', 1) AS root, unit,
+                   sum(granted) FILTER (WHERE origin IS NULL) AS granted, sum(clawed + pending) AS clawed
+            FROM lots WHERE kind = 'bonus' AND reference IS NOT NULL GROUP BY 1, 2, 3, 4
+        ) b USING (partition, payment, root)
+        WHERE b.clawed <> CASE WHEN p.paid > 0 THEN div(coalesce(b.granted, 0) * p.clawed, p.paid) ELSE 0 END
+        """,
+    ),
+    Check(
         "of a lot with something pending nothing is available",
         """
         SELECT partition, lot_id, posted, held, frozen, pending, pending_frozen FROM lots

@@ -4,7 +4,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cache
 from typing import Any, Final, NamedTuple, assert_never
 
@@ -42,7 +42,8 @@ from services.ledger.domain.draft import Draft, Fork, Head, Transaction
 from services.ledger.domain.due import decide_due, next_due
 from services.ledger.domain.entries import Charged, HoldExtended, HoldPlaced, Move, payment_of
 from services.ledger.domain.errors import AlreadyCharged, ChargeDiffers, Refusal
-from services.ledger.domain.state import Account, Claim, PartitionState, PastLine, Wallet
+from services.ledger.domain.overdue import decide_overdue, hold_of, in_order, overdue
+from services.ledger.domain.state import Account, Claim, Hold, PartitionState, PastLine, Wallet
 from services.ledger.projections import Row, add_rows, changed_rows, reversed_text, taken_of
 from services.ledger.signing import Signer
 from services.ledger.store import HeadMoved, Loaded, Needs, Signature, Written
@@ -60,6 +61,7 @@ from services.ledger.translate import (
     lines_hash,
     outbox_row,
     problem_rows,
+    refusal_text,
     refused,
     reversed_fact,
     scope_text,
@@ -79,6 +81,7 @@ CHARGES_STOPPED: Final = Gauge(
 )
 
 BATCH_SECONDS_MAX: Final = 10.0
+_BATCH_MAX: Final = timedelta(seconds=BATCH_SECONDS_MAX)
 ACCOUNTS_KEPT_MAX: Final = 200_000
 HOLDS_KEPT_MAX: Final = 200_000
 _ATTEMPTS_MAX: Final = 5
@@ -353,13 +356,19 @@ class Ledger:
         for partition, account in _undone_at_once(items):
             if (owned := self._owned.get(partition)) is not None:
                 _need_lots_of(late, partition, owned.state, account)
-        since = self._now() - LATE_GRACE
+        now = self._now()
+        since = now - LATE_GRACE
         for item in items:
             owned = self._owned.get(item.partition)
             if owned is None:
                 continue
+            # When the batch will be recorded is not known yet.
+            soon = max(now, owned.head.recorded_at) + _BATCH_MAX
             for line in _lines_of(item):
                 hold = None if line.hold is None else owned.state.holds.get(line.hold)
+                if hold is not None and hold.overdue == "charge_estimate" and hold.is_overdue(soon):
+                    # Its estimate is made, and taken back at once.
+                    _need_lots_of(late, item.partition, owned.state, line.account)
                 # One that ended before it was placed says nothing of the time.
                 at = line.occurred_at if hold is None or hold.expires_at is None else hold.recorded_at
                 if at < since:
@@ -426,7 +435,7 @@ def _need(needs: Needs, partition: int, state: PartitionState, command: Command)
             needs.past_lines.add(line)
         case _:
             pass
-    hold = _hold_of(command)
+    hold = hold_of(command)
     if hold is not None and not _is_open(state, hold):
         needs.holds.add((partition, hold, command.account))
 
@@ -467,14 +476,6 @@ def _accounts_of(command: Command) -> tuple[str, ...]:
             return (*path(command.account), *path(command.to_account))
         case _:
             return path(command.account)
-
-
-def _hold_of(command: Command) -> str | None:
-    match command:
-        case PlaceHold() | ExtendHold() | ReleaseHold() | ResolveHold() | ChargeLine():
-            return command.hold
-        case _:
-            return None
 
 
 # What adds nothing that could be due, and what says for which use it is.
@@ -638,8 +639,8 @@ class _Work:
         match item.command:
             case CatchUp(account=account):
                 self._catch_up((account,))
-            case ResolveHold():
-                self._try(item.command, dry_run=False)
+            case ResolveHold(account=account):
+                self._catch_up(path(account), self._overdue((item.command,)))
             case _:
                 assert_never(item.command)
         return Swept(self._draft.entries - before)
@@ -653,7 +654,7 @@ class _Work:
         done = self._try(item.command, dry_run=item.dry_run and not is_tried_out)
         if not isinstance(done, _Done):
             _count(name, done.code)
-            return refused(done, units=self._units)
+            return refused(done, partition=self._partition, units=self._units)
         if dry_run:
             _count(name, "dry_run")
             return {**done.outcome, "dry_run": True}
@@ -668,12 +669,12 @@ class _Work:
         done: list[_Done] = []
         for place, each in enumerate(item.commands):
             accounts = self._concerned(each.command)
-            self._catch_up(accounts)
+            self._catch_up(accounts, self._overdue((each.command,)))
             decided = self._do(each.command, accounts)
             if not isinstance(decided, _Done):
                 self._drop(mark)
                 _count("list", decided.code)
-                return {**refused(decided, units=self._units), "index": place}
+                return {**refused(decided, partition=self._partition, units=self._units), "index": place}
             done.append(decided)
         outcome: dict[str, Any] = {"status": "listed", "replies": [each.outcome for each in done], "replayed": False}
         if item.dry_run:
@@ -729,11 +730,12 @@ class _Work:
     def _try(self, command: Command, *, dry_run: bool) -> _Done | Refusal:
         """Carry out a command after what is due. A refusal leaves no trace, nor does a dry run."""
         accounts = self._concerned(command)
-        if not dry_run and not self._is_due(accounts):
+        overdue_holds = self._overdue((command,))
+        if not dry_run and not overdue_holds and not self._is_due(accounts):
             # A refusal has changed nothing: only what is due before it would have.
             return self._do(command, accounts)
         mark = self._fork([command])
-        self._catch_up(accounts)
+        self._catch_up(accounts, overdue_holds)
         done = self._do(command, accounts)
         if isinstance(done, _Done) and not dry_run:
             self._join(mark)
@@ -746,15 +748,28 @@ class _Work:
         accounts = _accounts_of(command)
         match command:
             case Grant() | ClaimPayment() | ReverseCharge() | VoidGrant():
-                of_tree = root(command.account)
-                found = sorted(name for name in self._paid_accounts if root(name) == of_tree)
-                return tuple(dict.fromkeys((*accounts, *found)))
+                return self._with_paid(command.account, accounts)
+            case ChargeLine() if self._is_of_estimate(command):
+                return self._with_paid(command.account, accounts)
             case _:
                 return accounts
 
+    def _with_paid(self, account: str, accounts: Sequence[str]) -> Sequence[str]:
+        """And those of its tree that claims reach."""
+        of_tree = root(account)
+        found = sorted(name for name in self._paid_accounts if root(name) == of_tree)
+        return tuple(dict.fromkeys((*accounts, *found)))
+
+    def _is_of_estimate(self, line: ChargeLine) -> bool:
+        """Whether a line names a hold whose estimate was charged, or is before it: it will be taken back."""
+        hold = None if line.hold is None else self._draft.state.holds.get(line.hold)
+        if hold is None or hold.account != line.account or hold.overdue != "charge_estimate":
+            return False
+        return hold.status == "estimated" or hold.is_overdue(self._draft.recorded_at)
+
     def _fork(self, commands: Sequence[Command]) -> _Mark:
         accounts = dict.fromkeys(account for command in commands for account in self._concerned(command))
-        holds = {hold for command in commands if (hold := _hold_of(command)) is not None}
+        holds = {hold for command in commands if (hold := hold_of(command)) is not None}
         fork = self._draft.fork(accounts=accounts, holds=holds)
         return _Mark(fork, len(self._lines), len(self._reversals), len(self._outbox))
 
@@ -773,18 +788,32 @@ class _Work:
         due = next_due(self._draft.state, accounts)
         return due is not None and due <= self._draft.recorded_at
 
-    def _catch_up(self, accounts: Sequence[str]) -> list[Move]:
+    def _overdue(self, commands: Iterable[Command]) -> Sequence[Hold]:
+        """The holds that commands name and that have to end before them."""
+        state, at = self._draft.state, self._draft.recorded_at
+        named = (overdue(state, each, at) for each in commands)
+        return in_order(hold for hold in named if hold is not None)
+
+    def _catch_up(self, accounts: Sequence[str], overdue_holds: Sequence[Hold] = ()) -> list[Move]:
         """Record what is due, each in a transaction of its own, effective at its own time."""
         done: list[Move] = []
+        for hold in overdue_holds:
+            transaction = self._draft.begin()
+            while moves := decide_overdue(self._draft.state, hold, units=self._units, place=transaction.place):
+                done += self._record_due(moves, transaction, hold.account)
+                transaction = self._draft.begin()
         for account in accounts:
             # Of one account after the other: what is due on one is nothing to the others.
             while self._is_due((account,)):
                 transaction = self._draft.begin()
                 moves = decide_due(self._draft.state, (account,), units=self._units, place=transaction.place)
-                transaction.record(moves)
-                self._tell(self._facts(moves, transaction, account))
-                done += moves
+                done += self._record_due(moves, transaction, account)
         return done
+
+    def _record_due(self, moves: list[Move], transaction: Transaction, account: str) -> list[Move]:
+        transaction.record(moves)
+        self._tell(self._facts(moves, transaction, account))
+        return moves
 
     # Deciding
 
@@ -797,7 +826,8 @@ class _Work:
             if not isinstance(moves, list):
                 return moves
             self._tell(self._facts(moves, transaction, command.account))
-            self._finish_charge(transaction, rows, {command.account: _Charged().add(command)}, None)
+            charged = {command.account: _Charged().add(command)}
+            self._finish_charge(transaction, rows, charged, None, required=command.required)
         else:
             moves = decide(self._draft.state, command, units=self._units, place=transaction.place)
             if not isinstance(moves, list):
@@ -889,9 +919,11 @@ class _Work:
             known = self._bundle_hashes.get(bundle.number) or self._loaded.bundles.get((self._partition, bundle.number))
             return Taken(repeated=True) if known == bundle.body_hash else Conflicting()
         names = {line.account for line in bundle.lines if isinstance(line, ChargeLine)}
-        accounts = sorted({account for name in names for account in path(name)})
+        settling = [line for line in bundle.lines if isinstance(line, ChargeLine) and line.hold is not None]
+        reached = {account for line in settling if self._is_of_estimate(line) for account in self._concerned(line)}
+        accounts = sorted({account for name in names for account in path(name)} | reached)
         # The bundle has its number, whatever becomes of its lines: nothing of this is to be undone.
-        self._catch_up(accounts)
+        self._catch_up(accounts, self._overdue(settling))
         transaction = self._draft.begin()
         rows: list[Row] = []
         charged: dict[str, _Charged] = {}
@@ -1015,9 +1047,15 @@ class _Work:
         return moves
 
     def _finish_charge(
-        self, transaction: Transaction, rows: list[Row], charged: Mapping[str, "_Charged"], bundle: int | None
+        self,
+        transaction: Transaction,
+        rows: list[Row],
+        charged: Mapping[str, "_Charged"],
+        bundle: int | None,
+        *,
+        required: bool = False,
     ) -> None:
-        transaction.finish(Charged(lines=len(rows), lines_hash=lines_hash(rows), bundle=bundle))
+        transaction.finish(Charged(lines=len(rows), lines_hash=lines_hash(rows), bundle=bundle, required=required))
         self._lines.extend(rows)
         self._tell(
             usage_charged_fact(account, each.amounts, lines=each.lines, transaction=transaction.id, units=self._units)
@@ -1104,7 +1142,10 @@ def _letter(item: BundleItem, place: int, why: Refusal | BadLine) -> Letter:
     if isinstance(why, BadLine):
         body, problems = why.body, why.problems
     else:
-        body, problems = item.bundle.line_body(place), (Problem("", why.code, str(why)),)
+        body, problems = (
+            item.bundle.line_body(place),
+            (Problem("", why.code, refusal_text(why, partition=item.partition)),),
+        )
     return Letter(
         stream=item.stream,
         stream_sequence=item.stream_sequence,

@@ -1,7 +1,7 @@
 """Between the words of the contracts and the ledger's own: decimal strings and integers, prefixed ids and UUIDs."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from hashlib import sha256
@@ -9,16 +9,18 @@ from typing import Annotated, Any, Final, assert_never
 from uuid import UUID
 
 import msgspec
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from contracts import ledger as words
 from contracts.billing import PaymentClaimed, PaymentReceived, payment_subject
+from contracts.envelope import NAME_SHOWN_MAX
 from contracts.ids import Kind as IdKind
 from contracts.ids import make_id, partition_of_id
 from contracts.metering import CHARGES_RATED, LINES_MAX
 from contracts.metering import ChargeLine as ContractLine
 from contracts.metering import Scope as ContractScope
-from contracts.money import Amount, Unit, format_amount, parse_amount
+from contracts.money import Amount, AmountText, Unit, UnitName, format_amount, parse_amount
 from contracts.partition import PARTITION_COUNT, partition_of, token
 from contracts.streams import charges_rated_subject, ledger_fact_subject
 from contracts.times import TIME_MAX, TIME_MIN
@@ -60,7 +62,18 @@ from services.ledger.domain.entries import (
     is_contra,
 )
 from services.ledger.domain.entries import PaymentClaimed as ClaimNoted
-from services.ledger.domain.errors import InsufficientFunds, MoreThanCharged, Refusal
+from services.ledger.domain.errors import (
+    AccountDiffers,
+    HoldExists,
+    HoldExpired,
+    HoldReleased,
+    HoldSettled,
+    InsufficientFunds,
+    MoreThanCharged,
+    Refusal,
+    UnknownHold,
+    UnknownLot,
+)
 from services.ledger.domain.state import Wallet
 from services.ledger.signing import SignedHeads
 
@@ -593,10 +606,27 @@ def read_line(body: bytes, units: Units) -> ContractLine:
 
 def model_problems(error: ValidationError) -> list[Problem]:
     """What pydantic found, as problems."""
-    return [
-        Problem(_pointer(found["loc"]), "invalid", found["msg"])
-        for found in error.errors(include_url=False, include_context=False, include_input=False)
-    ]
+    return [Problem(_pointer(found["loc"]), "invalid", _sentence(found)) for found in error.errors(include_url=False)]
+
+
+def _sentence(found: ErrorDetails) -> str:
+    """What is wrong in words: a pattern says nothing to who wrote the text."""
+    if found["type"] != "string_pattern_mismatch":
+        return found["msg"].removeprefix("Value error, ")
+    why = _PATTERNS.get(
+        found["ctx"]["pattern"], "has characters that are not allowed here, or is too short or too long"
+    )
+    return f"{found['input'][:NAME_SHOWN_MAX]!r} {why}"
+
+
+_PATTERNS: Final[Mapping[str, str]] = {
+    TypeAdapter(AmountText).json_schema()["pattern"]: (
+        "is not an amount: that is a decimal number, as 12 or -0.05, of at most 19 digits before the point and 9 after"
+    ),
+    TypeAdapter(UnitName).json_schema()["pattern"]: (
+        "is not the name of a unit: that is at most 32 of a-z, 0-9 and _, the first of them a letter"
+    ),
+}
 
 
 def _pointer(location: Sequence[int | str]) -> str:
@@ -816,9 +846,9 @@ def accepted(
 _BEYOND: Final = frozenset({"charged", "adjusted", "hold_placed", "hold_extended"})
 
 
-def refused(refusal: Refusal, *, units: Units) -> dict[str, Any]:
+def refused(refusal: Refusal, *, partition: int, units: Units) -> dict[str, Any]:
     """A refusal as it is told, with its numbers, for contracts.ledger.Refused."""
-    told = {"status": "refused", "code": refusal.code, "message": str(refusal)}
+    told = {"status": "refused", "code": refusal.code, "message": refusal_text(refusal, partition=partition)}
     if not isinstance(refusal, InsufficientFunds | MoreThanCharged):
         return told
     unit = units.by_name[refusal.unit]
@@ -831,6 +861,24 @@ def refused(refusal: Refusal, *, units: Units) -> dict[str, Any]:
         return {**told, **numbers, "message": f"{told['message']}: {remaining}, not {required}"}
     message = f"the {unit.name} wallet of {refusal.account} has {remaining} available; {required} is required"
     return {**told, **numbers, "message": message, "limit_source": refusal.account}
+
+
+def refusal_text(refusal: Refusal, *, partition: int) -> str:
+    """A refusal as a sentence, in which holds and lots have the ids that others know."""
+    match refusal:
+        case (
+            AccountDiffers(hold=hold)
+            | HoldExists(hold=hold)
+            | HoldReleased(hold=hold)
+            | HoldSettled(hold=hold)
+            | HoldExpired(hold=hold)
+            | UnknownHold(hold=hold)
+        ):
+            return str(replace(refusal, hold=full_id("hold", partition, hold)))
+        case UnknownLot(lot=lot):
+            return str(replace(refusal, lot=full_id("lot", partition, lot)))
+        case _:
+            return str(refusal)
 
 
 def refused_as(error: Invalid) -> words.Refused | words.Failed:

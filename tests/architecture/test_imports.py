@@ -79,12 +79,20 @@ def test_a_forbidden_import_breaks_each_rule(tmp_path: Path) -> None:
     shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
     assert lint(tmp_path).returncode == 0
     service, other = SERVICES[0], SERVICES[-1]
+    # A layer that is a package: each of its modules is of that layer.
+    inside = next(
+        source.path
+        for source in sources()
+        if len(source.path.parts) == 4 and source.path.parts[2] in LAYERS and source.path.stem != "__init__"
+    )
+    app = f"services.{inside.parts[1]}.app"
     for name, line in {
         "contracts/money.py": "import services.kit.clock",
         f"services/{service}/domain/__init__.py": "import asyncio",
         f"services/{service}/tables.py": f"import services.{service}.handlers",
         f"services/{other}/handlers.py": f"import services.{service}.tables",
         "services/kit/clock.py": f"import services.{other}.tables",
+        inside.as_posix(): f"import {app}",
     }.items():
         with (tmp_path / name).open("a", encoding="utf-8") as file:
             file.write(f"\n{line}\n")
@@ -95,6 +103,7 @@ def test_a_forbidden_import_breaks_each_rule(tmp_path: Path) -> None:
     for contract in CONTRACTS.values():
         assert f"{contract['name']} BROKEN" in said, linted.stdout
     assert "miscellany" in said
+    assert f"{'.'.join(inside.with_suffix('').parts)} -> {app}" in said
 
 
 def watch(module: str, directory: Path, *, path: Path) -> subprocess.CompletedProcess[str]:

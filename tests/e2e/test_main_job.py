@@ -57,5 +57,6 @@ def test_a_statement_lists_the_grant_and_charges(stack: ScratchStack) -> None:
 
 
 def test_a_replay_of_the_journal_finds_the_same_balances(stack: ScratchStack) -> None:
-    replay = stack.scrip("replay")
+    replay = stack.scrip("replay", "--verify")
     assert replay.returncode == 0, replay.stdout
+    assert "different" not in replay.stdout

@@ -11,7 +11,6 @@ from typing import Final
 
 from contracts.accounts import path
 from contracts.money import Unit
-from services.ledger.domain import claims
 from services.ledger.domain.attempt import Attempt
 from services.ledger.domain.claims import Back
 from services.ledger.domain.commands import LATE_GRACE, ChargeLine, Units
@@ -24,8 +23,7 @@ from services.ledger.domain.concerned import (
     counted_in,
     uncapped,
 )
-from services.ledger.domain.debts import repay, unrepay
-from services.ledger.domain.due import released_moves
+from services.ledger.domain.debts import unrepay
 from services.ledger.domain.entries import PSEUDO_KINDS, LotKind, Move, contra_move
 from services.ledger.domain.errors import (
     AccountDiffers,
@@ -378,10 +376,11 @@ def _lacking(
 def _charge_after_estimate(
     state: PartitionState, line: ChargeLine, hold: Hold, *, units: Units, place: Place
 ) -> list[Move] | Refusal:
-    """Take back all that was charged as an estimate, then charge what it really cost, of the same lots first."""
-    # Payments are in memory if a command of the batch names them: what a charge does must not depend on that.
-    alone = PartitionState(accounts=state.accounts, holds=state.holds)
-    attempt = Attempt(alone, units=units, place=place, holds=(hold.id,))
+    """Take back all that was charged as an estimate, then charge what it really cost, of the same lots first.
+
+    Of what is left claims on its payments have their part: they, and what else is granted for them, have been read.
+    """
+    attempt = Attempt(state, units=units, place=place, holds=(hold.id,))
     restored, repaid = _restore_estimate(attempt, hold, line)
     tried = attempt.state((*path(line.account), *(earmark.account for earmark in hold.earmarks.values())))
     decided = _charge(
@@ -400,18 +399,8 @@ def _charge_after_estimate(
     if not isinstance(decided, list):
         return decided
     attempt.do(*decided)
-    now = place.recorded_at
-    claimed = claims.claw_released(
-        state, attempt.moves, hold=hold.id, units=units, occurred_at=now, new_lots=iter(attempt.new_lot, None)
-    )
-    attempt.do(*claimed)
-    for lot, amount in restored:
-        # As if it had been held until now.
-        left = min(amount, lot.available)
-        released = released_moves(lot, left, units=units, occurred_at=now)
-        attempt.do(*released)
-        if not released and left > 0 and lot.kind not in PSEUDO_KINDS:
-            repay(attempt, lot, left, occurred_at=now)
+    # As if it had been held until now.
+    restore(attempt, [each for each in restored if each[0].kind not in PSEUDO_KINDS], with_grace=False)
     restore(attempt, repaid)
     return attempt.moves
 

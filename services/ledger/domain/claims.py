@@ -16,6 +16,7 @@ from services.ledger.domain.commands import Units
 from services.ledger.domain.debts import repay, unrepay
 from services.ledger.domain.due import released_moves
 from services.ledger.domain.entries import (
+    PSEUDO_KINDS,
     ClaimFrozen,
     ClawedBack,
     Kind,
@@ -29,6 +30,8 @@ from services.ledger.domain.entries import (
 from services.ledger.domain.state import Lot, PartitionState, Payment, Wallet
 
 InStead = tuple[str, LotKind]
+# A kind and a unit.
+Of = tuple[LotKind, str]
 # What has come back to a lot, of which more may become.
 Back = tuple[Lot, int]
 
@@ -40,12 +43,8 @@ def settle(attempt: Attempt, payment: Payment, *, occurred_at: datetime) -> list
     taken in a lot's stead and repaid since goes back to whom it was repaid by when it is cancelled: to these lots.
     """
     families = _families(attempt, payment)
-    first = [family.first for family in families]
-    clawed = wanted(first, unit=payment.unit, claimed=payment.claimed)
-    frozen = wanted_frozen(first, clawed, unit=payment.unit, disputed=payment.disputed)
-    shares = [
-        share for family in families for share in _shares(family, clawed[family.first.id], frozen[family.first.id])
-    ]
+    wanted = _wanted(families, payment)
+    shares = [share for of, family in families.items() for share in _shares(family, *wanted[of])]
     settling = _Settling(attempt, payment.id, occurred_at)
     backs = [share.back for share in shares]
     for share in shares:
@@ -56,28 +55,6 @@ def settle(attempt: Attempt, payment: Payment, *, occurred_at: datetime) -> list
     for share, back in zip(shares, backs, strict=True):
         settling.leave(share.lot, min(back, share.lot.available))
     return got
-
-
-def wanted(lots: Sequence[Lot], *, unit: str | None, claimed: int) -> dict[str, int]:
-    """What claims of `claimed` in all take of each lot: min(paid, claimed), and floor(bonus * that / paid) per unit."""
-    paid_lots = _paid(lots, unit)
-    paid = sum(lot.granted for lot in paid_lots)
-    clawed = min(paid, claimed)
-    found = dict.fromkeys((lot.id for lot in lots), 0) | _filled(paid_lots, clawed)
-    for bonus_unit in {lot.unit for lot in lots if lot.kind == "bonus"}:
-        bonus_lots = [lot for lot in lots if lot.kind == "bonus" and lot.unit == bonus_unit]
-        bonus = sum(lot.granted for lot in bonus_lots)
-        found |= _filled(bonus_lots, bonus * clawed // paid if paid else 0)
-    return found
-
-
-def wanted_frozen(lots: Sequence[Lot], clawed: Mapping[str, int], *, unit: str | None, disputed: int) -> dict[str, int]:
-    """What open claims freeze of each lot, if it is left: min(paid - clawed, disputed), and of no bonus."""
-    found = dict.fromkeys((lot.id for lot in lots), 0)
-    for lot in _paid(lots, unit):
-        found[lot.id] = min(lot.granted - clawed[lot.id], disputed)
-        disputed -= found[lot.id]
-    return found
 
 
 def claimed_payment(attempt: Attempt, lot: Lot) -> Payment | None:
@@ -93,6 +70,16 @@ def claimed_payment(attempt: Attempt, lot: Lot) -> Payment | None:
     return payment if payment is not None and payment.claims else None
 
 
+def is_awaited(wallet: Wallet, lot: Lot) -> bool:
+    """Whether claims wait for what holds hold of a lot, or of another of its wallet for the same payment."""
+    if lot.reference is None or lot.kind in PSEUDO_KINDS:
+        return False
+    return any(
+        (each.pending or each.pending_frozen) and each.reference == lot.reference and each.kind == lot.kind
+        for each in wallet.lots.values()
+    )
+
+
 def claw_released(
     state: PartitionState,
     moves: Sequence[Move],
@@ -102,38 +89,28 @@ def claw_released(
     occurred_at: datetime,
     new_lots: Iterator[str],
 ) -> list[Move]:
-    """What is pending on lots that `moves` have freed of a hold: released it is taken, or frozen; charged it is owed.
+    """What claims wait for on lots that `moves` have freed of a hold: released it is taken, or frozen.
 
-    What `moves` put back into a lot, an estimate, is taken rather than owed in its stead.
+    If it was charged they wait for what is held of other lots of the wallet for the same payment; if nothing is, what
+    they were to take is owed. So too they wait for others no longer, if what was released is enough.
     """
     freed = dict.fromkeys(
-        (move.account, move.unit, move.lot)
-        for move in moves
-        if (move.held < 0 or move.posted > 0) and move.unit and move.lot
+        (move.account, move.unit, move.lot) for move in moves if move.held < 0 and move.unit and move.lot
     )
     found: list[Move] = []
+    done: set[tuple[str, str, str, LotKind]] = set()
     for account, unit, lot_id in freed:
         wallet = state.accounts[account].wallets[unit]
         lot = wallet.lots.get(lot_id)
-        if lot is None or lot.reference is None or not (lot.pending or lot.pending_frozen or lot.clawed_spent):
+        if lot is None or lot.reference is None or (account, unit, lot.reference, lot.kind) in done:
             continue
-        held = lot.held + sum(move.held for move in moves if move.lot == lot.id)
-        available = lot.posted + sum(move.posted for move in moves if move.lot == lot.id) - held - lot.frozen
-        at_once = min(lot.pending, available)
-        spent = max(0, lot.pending - at_once - held)
-        left_pending = lot.pending - at_once - spent
-        clawing = _Clawing(lot, units, lot.reference, occurred_at)
-        in_stead = _in_stead(wallet, units, [*moves, *found], new_lots) if spent else None
-        found += clawing.clawed_back(at_once=at_once, spent=spent, in_stead=in_stead, hold=hold)
-        available -= at_once
-        for put_back in _put_back(wallet, lot, units, min(available, lot.clawed_spent)):
-            available -= put_back[1]
-            found += clawing.clawed_back(at_once=put_back[1])
-            found += clawing.given_back([put_back])
-        frozen = min(lot.pending_frozen, available)
-        dropped = max(0, lot.pending_frozen - frozen - (held - left_pending))
-        if frozen or dropped:
-            found.append(clawing.frozen(frozen, pending=-dropped, hold=hold))
+        done.add((account, unit, lot.reference, lot.kind))
+        if is_awaited(wallet, lot):
+            for awaited in _awaited(wallet, lot, moves):
+                of_hold = hold if (account, unit, awaited.lot.id) in freed else None
+                before = [*moves, *found]
+                in_stead = _in_stead(wallet, units, before, new_lots) if awaited.spent else None
+                found += awaited.moves(_Clawing(awaited.lot, units, lot.reference, occurred_at), in_stead, of_hold)
     return found
 
 
@@ -147,9 +124,11 @@ def is_unchanged(payment: Payment | None, claim: str, *, revision: int, content:
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """A lot that was granted for a payment, and what became of it, the newest first; and what of each was spent."""
+    """What was granted for a payment of one kind and unit: how much; the lots, those that came of others first, the
+    newest first, then those that were granted, the oldest first; and what of each was spent.
+    """
 
-    first: Lot
+    granted: int
     members: tuple[Lot, ...]
     spent: tuple[int, ...]
 
@@ -171,21 +150,22 @@ class _Share:
         return max(0, _taken(self.lot) - self.taken) + max(0, self.lot.frozen - self.frozen)
 
 
-def _families(attempt: Attempt, payment: Payment) -> list[_Family]:
-    """The lots granted for a payment, oldest first, each with those that came of it in the tree."""
+def _families(attempt: Attempt, payment: Payment) -> dict[Of, _Family]:
+    """The lots granted for a payment, with those that came of them in the tree, by kind and unit."""
     lots = [lot for lot in attempt.referring(payment.id, payment.account) if lot.kind in {"purchase", "bonus"}]
     came_of: defaultdict[str, list[Lot]] = defaultdict(list)
-    for lot in lots:
+    granted: defaultdict[Of, list[Lot]] = defaultdict(list)
+    for lot in sorted(lots, key=_age):
         if lot.origin is not None:
             came_of[lot.origin].append(lot)
-    found = []
-    for first in sorted(lots, key=_age):
-        if first.origin is not None or first.account != payment.account:
-            continue
-        members = [first]
-        for member in members:
-            members += came_of[member.id]
-        members.sort(key=_age, reverse=True)
+        elif lot.account == payment.account:
+            granted[lot.kind, lot.unit].append(lot)
+    found = {}
+    for of, first in granted.items():
+        later = [lot for each in first for lot in came_of[each.id]]
+        for lot in later:
+            later += came_of[lot.id]
+        members = (*sorted(later, key=_age, reverse=True), *first)
         spent = tuple(
             member.granted
             - sum(lot.granted for lot in came_of[member.id])
@@ -194,12 +174,27 @@ def _families(attempt: Attempt, payment: Payment) -> list[_Family]:
             - _gone(member)
             for member in members
         )
-        found.append(_Family(first, tuple(members), spent))
+        found[of] = _Family(sum(lot.granted for lot in first), members, spent)
+    return found
+
+
+def _wanted(families: Mapping[Of, _Family], payment: Payment) -> dict[Of, tuple[int, int]]:
+    """What claims take and freeze in all of each: min(paid, final) and min(paid - that, open) of what was paid;
+    floor(bonus * what is taken / paid) of a bonus.
+    """
+    of_paid = next((of for of in families if of == ("purchase", payment.unit)), None)
+    paid = 0 if of_paid is None else families[of_paid].granted
+    clawed = min(paid, payment.claimed)
+    found = {
+        of: (family.granted * clawed // paid if of[0] == "bonus" and paid else 0, 0) for of, family in families.items()
+    }
+    if of_paid is not None:
+        found[of_paid] = (clawed, min(paid - clawed, payment.disputed))
     return found
 
 
 def _shares(family: _Family, clawed: int, frozen: int) -> list[_Share]:
-    """Share out among a lot and what became of it.
+    """Share out among lots.
 
     As if nothing had been taken yet: of what is left, then of what expired or was voided and would not have if it had
     been taken in time, then of what is held; the rest was spent.
@@ -225,6 +220,54 @@ def _shares(family: _Family, clawed: int, frozen: int) -> list[_Share]:
             pending_frozen=pending_frozen[number],
         )
         for number, member in enumerate(family.members)
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Awaited:
+    """What becomes of what claims wait for of a lot: what is taken, owed and frozen, and what they still wait for."""
+
+    lot: Lot
+    taken: int
+    spent: int
+    frozen: int
+    pending: int
+    pending_frozen: int
+
+    def moves(self, clawing: "_Clawing", in_stead: InStead | None, hold: str | None) -> Iterator[Move]:
+        """An entry that names the hold takes what was pending; what is pending otherwise it says by itself."""
+        by_hold = self.taken + self.spent if hold is not None else 0
+        pending = self.pending - self.lot.pending + by_hold
+        yield from clawing.clawed_back(
+            at_once=self.taken, pending=pending, spent=self.spent, in_stead=in_stead, hold=hold
+        )
+        pending_frozen = self.pending_frozen - self.lot.pending_frozen + (self.frozen if hold is not None else 0)
+        if self.frozen or pending_frozen:
+            yield clawing.frozen(self.frozen, pending=pending_frozen, hold=hold)
+
+
+def _awaited(wallet: Wallet, freed: Lot, moves: Sequence[Move]) -> list[_Awaited]:
+    """Share out what claims wait for among a wallet's lots for one payment: each waits for its own first."""
+    alike = (lot for lot in wallet.lots.values() if (lot.reference, lot.kind) == (freed.reference, freed.kind))
+    lots = sorted(alike, key=_age)
+    held = [lot.held + sum(move.held for move in moves if move.lot == lot.id) for lot in lots]
+    posted = [lot.posted + sum(move.posted for move in moves if move.lot == lot.id) for lot in lots]
+    there = [posted[number] - held[number] - lot.frozen for number, lot in enumerate(lots)]
+    taken, left = _fill(there, sum(lot.pending for lot in lots))
+    pending, left = _refill([lot.pending for lot in lots], held, left)
+    spent, _ = _fill((lot.pending - taken[number] - pending[number] for number, lot in enumerate(lots)), left)
+    frozen, left = _fill(_less(there, taken), sum(lot.pending_frozen for lot in lots))
+    pending_frozen, _ = _refill([lot.pending_frozen for lot in lots], _less(held, pending), left)
+    return [
+        _Awaited(
+            lot=lot,
+            taken=taken[number],
+            spent=spent[number],
+            frozen=frozen[number],
+            pending=pending[number],
+            pending_frozen=pending_frozen[number],
+        )
+        for number, lot in enumerate(lots)
     ]
 
 
@@ -450,16 +493,6 @@ def _debts_in_stead(wallet: Wallet, lot: Lot) -> list[Lot]:
     return sorted(debts, key=_age, reverse=True)
 
 
-def _paid(lots: Iterable[Lot], unit: str | None) -> list[Lot]:
-    return [lot for lot in lots if lot.kind == "purchase" and lot.unit == unit]
-
-
-def _filled(lots: Sequence[Lot], amount: int) -> dict[str, int]:
-    """An amount on lots, the first filled first."""
-    parts, _ = _fill([lot.granted for lot in lots], amount)
-    return {lot.id: part for lot, part in zip(lots, parts, strict=True)}
-
-
 def _fill(rooms: Iterable[int], amount: int) -> tuple[list[int], int]:
     """An amount shared out, the first filled first; and what is left of it."""
     parts = []
@@ -468,6 +501,13 @@ def _fill(rooms: Iterable[int], amount: int) -> tuple[list[int], int]:
         amount -= part
         parts.append(part)
     return parts, amount
+
+
+def _refill(before: Sequence[int], rooms: Sequence[int], amount: int) -> tuple[list[int], int]:
+    """An amount shared out, each as much as it had before if there is room, then the first filled first."""
+    kept, left = _fill(map(min, before, rooms), amount)
+    more, left = _fill(_less(rooms, kept), left)
+    return list(map(sum, zip(kept, more, strict=True))), left
 
 
 def _less(amounts: Iterable[int], others: Iterable[int]) -> list[int]:

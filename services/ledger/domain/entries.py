@@ -141,11 +141,15 @@ class HoldExtended(msgspec.Struct, frozen=True, tag="hold_extended"):
 
 
 class Charged(msgspec.Struct, frozen=True, tag="charged", omit_defaults=True):
-    """How many charge lines a transaction took, and the hash over all of them. On its first entry without details."""
+    """How many charge lines a transaction took, and the hash over all of them. On its first entry without details.
+
+    `required`: it is a debit, which takes no hard wallet below its floor.
+    """
 
     lines: int
     lines_hash: str
     bundle: int | None = None
+    required: bool = False
 
 
 class Reversed(msgspec.Struct, frozen=True, tag="reversed", omit_defaults=True):
@@ -158,9 +162,10 @@ class Reversed(msgspec.Struct, frozen=True, tag="reversed", omit_defaults=True):
 
 
 class Noted(msgspec.Struct, frozen=True, tag="noted", omit_defaults=True):
-    """Why an amount was adjusted or transferred."""
+    """Why an amount was adjusted or transferred. `forced`: even if that takes a hard wallet below its floor."""
 
     reason: str | None = None
+    forced: bool = False
 
 
 class PaymentClaimed(msgspec.Struct, frozen=True, tag="payment_claimed", omit_defaults=True):

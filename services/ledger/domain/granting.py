@@ -138,7 +138,8 @@ def _taken(wallet: Wallet, command: Adjust, *, units: Units, place: Place) -> li
         return InsufficientFunds(command.account, command.unit, amount, available)
     if wallet.posted - wallet.overage - wallet.uncapped - amount < -BALANCE_MAX:
         return InvalidAmount(command.unit, "the wallet would owe more than it can count")
-    return list(_adjusted(wallet, amount, command.reason, units=units, place=place))
+    noted = Noted(command.reason, forced=command.force)
+    return list(_adjusted(wallet, amount, noted, units=units, place=place))
 
 
 def _check_times(command: Grant, occurred_at: datetime, recorded_at: datetime) -> InvalidTime | None:
@@ -177,7 +178,7 @@ def _granted_after_claims(
     return attempt.moves
 
 
-def _adjusted(wallet: Wallet, amount: int, reason: str, *, units: Units, place: Place) -> Iterator[Move]:
+def _adjusted(wallet: Wallet, amount: int, noted: Noted, *, units: Units, place: Place) -> Iterator[Move]:
     unit = units.by_name[wallet.unit]
     at = place.recorded_at
 
@@ -190,7 +191,7 @@ def _adjusted(wallet: Wallet, amount: int, reason: str, *, units: Units, place: 
             lot=lot,
             lot_kind=kind,
             posted=posted,
-            details=Noted(reason),
+            details=noted,
         )
 
     left = amount

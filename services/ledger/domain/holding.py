@@ -119,7 +119,9 @@ def decide_resolve_hold(
 ) -> list[Move] | Refusal:
     """End a hold that is past its deadline as it says itself: release it, or charge what it holds as an estimate.
 
-    One that is not past it stays. UnknownHold, AccountDiffers, HoldReleased, HoldSettled, HoldExpired.
+    It ends at its deadline: what is released of lots that ended after that is due from then on, as if it had been
+    released in time. One that is not past it stays.
+    UnknownHold, AccountDiffers, HoldReleased, HoldSettled, HoldExpired.
     """
     hold = _open_hold(state, command.hold, command.account)
     if not isinstance(hold, Hold):
@@ -134,8 +136,9 @@ def decide_resolve_hold(
             moves = _estimated(state, hold, units=units, occurred_at=at)
         case _:
             assert_never(hold.overdue)
-    now = place.recorded_at
-    moves += freed(state, moves, hold=hold.id, units=units, place=place, occurred_at=now, new_lots=_new(place))
+    moves += freed(
+        state, moves, hold=hold.id, units=units, place=place, occurred_at=place.recorded_at, new_lots=_new(place), at=at
+    )
     return moves
 
 
@@ -179,25 +182,28 @@ def freed(
     place: Place,
     occurred_at: datetime,
     new_lots: Iterator[str],
+    at: datetime | None = None,
 ) -> list[Move]:
     """What becomes of what `moves` have freed of lots: claims take what they wait for, then freezes; what is left of a
-    void lot is voided, and of one that has ended it expires.
+    void lot is voided, and of one that has ended by now, or by `at`, it expires.
     """
     now = place.recorded_at
+    at = at or now
     lots: dict[str, Lot] = {}
     is_claimed = False
     for move in moves:
         if move.held < 0 and move.unit is not None and move.lot is not None:
-            lot = state.accounts[move.account].wallets[move.unit].lots[move.lot]
-            is_claimed = is_claimed or bool(lot.pending or lot.pending_frozen or lot.clawed_spent)
-            if lot.void or (lot.expires_at is not None and lot.expires_at <= now):
+            wallet = state.accounts[move.account].wallets[move.unit]
+            lot = wallet.lots[move.lot]
+            is_claimed = is_claimed or claims.is_awaited(wallet, lot)
+            if lot.void or (lot.expires_at is not None and lot.expires_at <= at):
                 lots[lot.id] = lot
     found: list[Move] = []
     if is_claimed:
         found += claims.claw_released(state, moves, hold=hold, units=units, occurred_at=occurred_at, new_lots=new_lots)
     for lot in lots.values():
         left = sum(move.posted - move.held - move.frozen for move in (*moves, *found) if move.lot == lot.id)
-        found += released_moves(lot, left, units=units, occurred_at=now)
+        found += released_moves(lot, left, units=units, occurred_at=now if lot.void else at)
     return found
 
 

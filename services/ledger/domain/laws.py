@@ -20,6 +20,7 @@ from services.ledger.domain.entries import (
     HoldExtended,
     HoldPlaced,
     LotGranted,
+    Noted,
     WalletOpened,
 )
 
@@ -34,6 +35,9 @@ _ENDS: Final = {
     "estimate_reversed": "settled",
 }
 _ASIDE: Final = frozenset({"hold_placed", "hold_extended"})
+_EXPIRY: Final = frozenset({"lot_expired", "lot_revived"})
+# What a debit's transaction may take of a wallet beside it: of what its hold frees.
+_BESIDE: Final = frozenset({"clawed_back", "claim_frozen", "lot_expired", "lot_voided"})
 
 # A journal's row: batch, position, transaction, kind, account, unit, lot, lot kind, hold, posted, held, frozen,
 # occurred_at, recorded_at, details as text; whatever follows is not looked at.
@@ -73,6 +77,8 @@ class KnownLot:
     posted: int = 0
     held: int = 0
     frozen: int = 0
+    # Less what was revived of that.
+    expired: int = 0
 
     @property
     def available(self) -> int:
@@ -90,19 +96,22 @@ class KnownLot:
 
 @dataclass(slots=True)
 class KnownWallet:
-    """A wallet's terms, and those of its lots of which something is left."""
+    """A wallet's terms, those of its lots of which something is left, and those of which something has expired."""
 
     policy: str
     overdraft: int
     lots: dict[str, KnownLot] = field(default_factory=dict)
+    expired: dict[str, KnownLot] = field(default_factory=dict)
 
-    def spendable(self, at: datetime, used: Scope | None) -> int:
-        """What may be set aside for a use, above zero, with the overdraft."""
+    def spendable(self, at: datetime, used: Scope | None, *, anywhere: bool = False) -> int:
+        """What may be set aside for a use, or for one or another, above zero, with the overdraft."""
         found = self.overdraft
         for lot in self.lots.values():
             if lot.kind == "debt":
                 found += lot.posted - lot.held
-            elif lot.kind not in ASIDE_KINDS and lot.has_started(at) and not lot.has_ended(at) and lot.is_for(used):
+            elif lot.kind in ASIDE_KINDS or not lot.has_started(at) or lot.has_ended(at):
+                continue
+            elif anywhere or lot.is_for(used):
                 found += lot.available
         return found
 
@@ -142,6 +151,7 @@ class Laws:
         ended: dict[str, Row] = {}
         setting: Row | None = None
         charged: Charged | None = None
+        taken: dict[tuple[str, str], Row] = {}
         caps = self._caps
         for row in rows:
             _, _, _, kind, account, unit, lot, _, hold, posted, held, _, _, _, details, *_ = row
@@ -156,6 +166,8 @@ class Laws:
                 said = _decode_details(details)
                 if isinstance(said, Charged):
                     charged = said
+                elif isinstance(said, Noted) and posted < 0 and not said.forced and account[0] != "@":
+                    taken[account, unit] = row
             if setting is not None and (kind not in _ASIDE or hold != setting[8]):
                 self._check_floors(rows, setting)
                 setting = None
@@ -180,6 +192,8 @@ class Laws:
                 self._breach(first, f"the legs of its transaction sum to {total}, not to zero, in {key}")
         for lot, row in touched.items():
             self._check_lot(self.lots[lot], row)
+        for key, row in taken.items():
+            self._check_floor_anywhere(key, row)
         for hold, row in ended.items():
             if any(self.holds[hold].earmarks.values()):
                 self._breach(row, f"hold {hold} ends and still holds something")
@@ -188,13 +202,15 @@ class Laws:
             self._breach(first, f"its transaction {first[2]} is not the one that begins here")
         return charged
 
-    def check_lines(self, rows: Sequence[Row], lines: Iterable[Line]) -> None:
+    def check_lines(self, rows: Sequence[Row], lines: Iterable[Line], *, required: bool = False) -> None:
         """The charge lines of the transaction that was added last say what its entries say, and might take what they
-        took."""
+        took; one that is `required` nothing that is not there."""
         taken: dict[tuple[str, str, str], list[int]] = {}
         first = rows[0]
         reversed_holds = {row[8] for row in rows if row[3] == "estimate_reversed"}
         for line in lines:
+            if required and not reversed_holds:
+                self._check_debit(rows, line)
             for account, unit, lot, _kind, posted, held in _decode_split(line.split):
                 sums = taken.setdefault((account, unit, lot), [0, 0])
                 sums[0] += posted
@@ -244,6 +260,10 @@ class Laws:
         lot.posted += posted
         lot.held += held
         lot.frozen += frozen
+        if kind in _EXPIRY:
+            lot.expired -= posted
+            if (wallet := self.wallets.get((account, unit))) is not None:
+                wallet.expired[lot_id] = lot
 
     def _check_lot(self, lot: KnownLot, row: Row) -> None:
         posted, held, frozen = lot.posted, lot.held, lot.frozen
@@ -301,9 +321,50 @@ class Laws:
             wallet = self.wallets.get(key)
             if wallet is not None and wallet.policy == "hard":
                 self._take_in(wallet, key, rows)
-                left = wallet.spendable(setting[13], hold.scope)
+                beyond = (
+                    -row[10]
+                    for row in rows
+                    if row[8] == setting[8] and row[3] in _ASIDE and row[7] in ASIDE_KINDS and (row[4], row[5]) == key
+                )
+                left = min([wallet.spendable(setting[13], hold.scope), *beyond])
                 if left < 0:
                     self._breach(setting, f"hold {setting[8]} takes the hard wallet {key[0]} {key[1]} to {left}")
+
+    def _check_floor_anywhere(self, key: tuple[str, str], row: Row) -> None:
+        """What is taken by hand, or moved, and not by force, leaves a hard wallet at its floor, or above it."""
+        wallet = self.wallets.get(key)
+        if wallet is not None and wallet.policy == "hard":
+            left = row[9] if row[7] in ASIDE_KINDS else wallet.spendable(row[13], None, anywhere=True)
+            if left < 0:
+                self._breach(row, f"it takes the hard wallet {key[0]} {key[1]} to {left}")
+
+    def _check_debit(self, rows: Sequence[Row], line: Line) -> None:
+        """Nor does a debit: but for what has expired and what it may revive, and what else befalls what it frees."""
+        hold = None if line.hold is None else self.holds.get(line.hold)
+        used = self._used(line, hold)
+        recorded_at = rows[0][13]
+        for key in {(row[4], row[5]) for row in rows if row[3] == "charged" and row[6] is not None and row[9] < 0}:
+            wallet = self.wallets.get(key)
+            if wallet is None or wallet.policy != "hard":
+                continue
+            self._take_in(wallet, key, rows)
+            at = self._paid_at(line, hold, key[1], recorded_at)
+            left = wallet.overdraft + sum(lot.posted - lot.held for lot in wallet.lots.values() if lot.kind == "debt")
+            for lot in {**wallet.expired, **wallet.lots}.values():
+                if lot.kind in PSEUDO_KINDS or not lot.is_for(used):
+                    continue
+                is_earmarked = hold is not None and lot.id in hold.earmarks
+                if not lot.has_ended(recorded_at):
+                    left += lot.available if lot.has_started(at) or is_earmarked else 0
+                elif self._is_in_grace(lot, line, hold, at, recorded_at):
+                    left += lot.available + lot.expired
+            left += sum(row[11] - row[9] for row in rows if row[3] in _BESIDE and (row[4], row[5]) == key)
+            # A cap's excess is no debt. What its hold had set aside while the wallet was unlimited it may count.
+            of_line = [row for row in rows if row[3] == "charged" and (row[4], row[5]) == key]
+            left = min([left, *(row[9] for row in of_line if row[7] in ASIDE_KINDS and not row[10])])
+            if left < 0:
+                first = of_line[0]
+                self._breach(first, f"the debit {line.event} takes the hard wallet {key[0]} {key[1]} to {left}")
 
     def _take_in(self, wallet: KnownWallet, key: tuple[str, str], rows: Sequence[Row]) -> None:
         """Lots of which something is left only since this transaction."""
@@ -318,32 +379,38 @@ class Laws:
             return
         recorded_at = first[13]
         hold = None if line.hold is None else self.holds.get(line.hold)
-        used = _decode_scope(line.scope)
-        if used is None and hold is not None:
-            used = hold.scope
-        if not lot.is_for(used):
+        if not lot.is_for(self._used(line, hold)):
             self._breach(first, f"{line.event} is charged to lot {lot_id}, which is for another use")
-        at = recorded_at
-        if lot.unit in self._caps:
-            at = min(line.occurred_at, recorded_at)
-            if hold is not None and hold.has_deadline:
-                at = hold.recorded_at
+        at = self._paid_at(line, hold, lot.unit, recorded_at)
         is_earmarked = hold is not None and lot_id in hold.earmarks
         if not lot.has_ended(recorded_at):
             if not lot.has_started(at) and not is_earmarked:
                 self._breach(first, f"{line.event} is charged to lot {lot_id} before it begins")
             return
+        if not self._is_in_grace(lot, line, hold, at, recorded_at):
+            self._breach(first, f"{line.event} is charged to lot {lot_id} after it has ended")
+
+    def _used(self, line: Line, hold: KnownHold | None) -> Scope | None:
+        used = _decode_scope(line.scope)
+        return hold.scope if used is None and hold is not None else used
+
+    def _paid_at(self, line: Line, hold: KnownHold | None, unit: str, recorded_at: datetime) -> datetime:
+        """Which time's lots pay."""
+        if unit not in self._caps:
+            return recorded_at
+        return hold.recorded_at if hold is not None and hold.has_deadline else min(line.occurred_at, recorded_at)
+
+    def _is_in_grace(
+        self, lot: KnownLot, line: Line, hold: KnownHold | None, at: datetime, recorded_at: datetime
+    ) -> bool:
+        """Whether a lot that has ended may still pay."""
         ends = lot.expires_at
         assert ends is not None
         if lot.unit in self._caps and lot.has_started(at) and not lot.has_ended(at):
-            return
-        if is_earmarked:
-            assert hold is not None
-            is_in_grace = recorded_at <= max(ends, hold.ended_at or ends) + LATE_GRACE
-        else:
-            is_in_grace = line.occurred_at < ends and recorded_at <= ends + LATE_GRACE and lot.unit not in self._caps
-        if not is_in_grace:
-            self._breach(first, f"{line.event} is charged to lot {lot_id} after it has ended")
+            return True
+        if hold is not None and lot.id in hold.earmarks:
+            return recorded_at <= max(ends, hold.ended_at or ends) + LATE_GRACE
+        return line.occurred_at < ends and recorded_at <= ends + LATE_GRACE and lot.unit not in self._caps
 
     def _breach(self, row: Row, what: str) -> None:
         self.breaches.append(Breach(row[0], row[1], what))

@@ -10,7 +10,8 @@ from services.ledger.domain.entries import Move, WalletOpened
 from services.ledger.domain.errors import InvalidTerms, Refusal, UnknownUnit, WalletPolicyDiffers
 from services.ledger.domain.state import PartitionState
 
-THRESHOLDS_MAX: Final = 10
+# As many as a command may ask for.
+THRESHOLDS_MAX: Final = 16
 
 
 def decide_open_account(

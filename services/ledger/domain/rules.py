@@ -19,7 +19,8 @@ from services.ledger.domain.opening import overdraft_problem
 from services.ledger.domain.periods import PERIODS, boundary, is_zone, period_at
 from services.ledger.domain.state import Account, PartitionState, RuleState, Wallet
 
-EVERY_MAX: Final = 120
+# As many as a command may ask for.
+EVERY_MAX: Final = 1000
 CATCH_UP_MAX: Final = 10_000
 # Of a wallet, but for those that are over; of a plan.
 RULES_MAX: Final = 32

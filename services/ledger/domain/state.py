@@ -311,6 +311,10 @@ class Hold:
     ended_at: datetime | None = None
     earmarks: dict[tuple[str, str, str], Earmark] = field(default_factory=dict)
 
+    def is_overdue(self, at: datetime) -> bool:
+        """Whether it is open at its deadline or later: it ends as it says itself before it is asked for."""
+        return self.status == "placed" and self.expires_at is not None and self.expires_at <= at
+
     def leg(self, unit: str) -> HeldLeg | None:
         """What it says about a unit, if anything."""
         return next((leg for leg in self.legs if leg.unit == unit), None)

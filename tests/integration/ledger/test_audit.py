@@ -21,7 +21,10 @@ from services.ledger.audit import (
     read_published,
     write_evidence,
 )
+from services.ledger.audit_sql import audit as audit_tables
+from services.ledger.domain import charging
 from services.ledger.domain.commands import Grant, OpenAccount, WalletTerms
+from services.ledger.replay import replay
 from services.ledger.settings import LedgerSettings
 from services.ledger.signing import ensure_key_files, new_key, read_public_keys, signer
 from tests.conftest import Database
@@ -44,6 +47,7 @@ async def test_what_the_ledger_decided_breaks_no_law_from_the_beginning_or_since
         await recorder.live(100)
         first = audited(database)
         await recorder.live(100)
+    assert [check.law for check in audit_tables(database.url("ledger")) if check.breaches] == []
     since = audited(database, Evidence(audited=first.reached), since_last=True)
     whole = audited(database)
     assert first.entries + since.entries == whole.entries > 500
@@ -51,6 +55,38 @@ async def test_what_the_ledger_decided_breaks_no_law_from_the_beginning_or_since
     assert first.signatures + since.signatures == whole.signatures > 100
     assert since.reached == whole.reached
     assert set(whole.reached) == {partition_of(root) for root in ROOTS}
+
+
+@pytest.mark.parametrize("since_last", [False, True])
+async def test_an_overspending_debit_is_named(
+    database: Database, since_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ledger that forgot to refuse: its journal is whole, signed and replays, and the audit names the debit."""
+    root = ROOTS[0]
+    async with recording(database.url("ledger")) as recorder:
+        await recorder.open()
+        await recorder.accepted(Grant(account=root, unit="usd", amount=50))
+        await recorder.accepted(recorder.line(root, ("usd", 50), required=True))
+        first = audited(database)
+        await recorder.accepted(Grant(account=root, unit="usd", amount=5))
+        (refused,) = await recorder.do(recorder.line(root, ("usd", 6), required=True))
+        assert refused["code"] == "insufficient_funds"
+        audited(database)
+        with monkeypatch.context() as forgetful:
+            forgetful.setattr(charging, "_lacking", lambda *_: None)
+            await recorder.accepted(recorder.line(root, ("usd", 6), required=True))
+    found = audit(
+        database.url("ledger"),
+        keys=KEYS,
+        caps=CAPS,
+        evidence=Evidence(audited=first.reached) if since_last else None,
+        since_last=since_last,
+        processes=1,
+    )
+    (finding,) = found.findings
+    assert "the debit demo/" in str(finding)
+    assert f"takes the hard wallet {root} usd to -1" in str(finding)
+    assert replay(database.url("ledger_owner")).is_equal
 
 
 async def test_an_audit_since_the_last_looks_at_what_came_since_alone(database: Database) -> None:

@@ -207,6 +207,46 @@ async def test_http_commands_reach_the_owner_and_name_all_problems_at_once(drive
         assert (await http.get("/v1/balances/acme", headers=demo)).status_code == 403
 
 
+async def test_a_refusal_names_what_it_is_about_by_the_id_that_the_caller_knows(driver: Driver) -> None:
+    async with driver.running() as http:
+        await driver.funded("acme", "10")
+        await driver.accepted(open_account("acme/ana", key="ana"))
+        held, ended, unknown = (new_hold_id("acme") for _ in range(3))
+        await driver.accepted(place_hold(held, hold_leg("usd", "1"), key="h1"))
+        await driver.accepted(release_hold(ended, key="h2"))
+        lot = "lot" + unknown.removeprefix("hold")
+        commands: dict[words.Command, str] = {
+            place_hold(held, hold_leg("usd", "1"), key="r"): held,
+            place_hold(ended, hold_leg("usd", "1"), key="r"): ended,
+            release_hold(held, account="acme/ana", key="r"): held,
+            words.ExtendHold(idempotency_key="r", hold=unknown, account="acme", lifetime_seconds=9): unknown,
+            words.VoidGrant(idempotency_key="r", account="acme", lot=lot): lot,
+        }
+        for command, named in commands.items():
+            refused = await driver.refused(command)
+            assert named in refused.message.split(), refused.message
+            # In a list, too; and it is the sentence that HTTP tells.
+            listed = words.CommandList(commands=(command,), all_or_nothing=True, idempotency_key="list")
+            assert await driver.commands(listed) == refused.model_copy(update={"index": 0})
+        answer = await http.post(
+            f"/v1/holds/{ended}/release", json={"account": "acme"}, headers={"Idempotency-Key": "x"}
+        )
+        assert answer.json()["detail"] == f"the hold {ended} has been released"
+
+
+async def test_an_amount_that_is_none_is_named_in_a_sentence(driver: Driver) -> None:
+    async with driver.running() as http:
+        for amount in ("1e5", "1,5", "", "+1", "01", ".5", "0.1234567891", "NaN", "1" * 20):
+            body = {"account": "acme", "unit": "usd", "amount": amount}
+            answer = await http.post("/v1/grants", json=body, headers={"Idempotency-Key": "k"})
+            (problem,) = answer.json()["errors"]
+            assert (answer.status_code, problem["pointer"]) == (422, "/amount")
+            assert problem["detail"].startswith(
+                f"{amount!r} is not an amount: that is a decimal number, as 12 or -0.05"
+            )
+            assert not set("^[]$") & set(problem["detail"])
+
+
 async def test_request_reply_says_what_it_cannot_read(driver: Driver) -> None:
     async with driver.running():
         partition = f"{partition_of('acme'):02d}"

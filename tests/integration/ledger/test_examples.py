@@ -13,7 +13,7 @@ from contracts.metering import Scope
 from contracts.money import Amount
 from services.kit.ids import new_hold_id
 from services.ledger import app as ledger_app
-from services.ledger import routes
+from services.ledger.routes import reading
 from tests.builders import charge_line, charges_rated, hold_leg
 from tests.integration.ledger.driving import Driver
 
@@ -105,7 +105,7 @@ async def service(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     driver = replace(driver, settings=driver.settings.model_copy(update={"sweep_seconds": 0.02}))
     found = Service(driver, httpx2.AsyncClient())
     monkeypatch.setattr(ledger_app, "now", found)
-    monkeypatch.setattr(routes, "now", found)
+    monkeypatch.setattr(reading, "now", found)
     async with driver.running() as http:
         await found.http.aclose()
         found.http = http

@@ -312,6 +312,32 @@ async def test_a_chain_of_payments_of_which_each_repaid_the_claim_on_the_one_bef
     both.check_replay()
 
 
+@pytest.mark.parametrize("way", ["bundle", "alone"])
+async def test_an_estimate_that_is_made_and_taken_back_at_once_finds_what_it_leads_to(both: Both, way: str) -> None:
+    """Nobody resolved the hold: its late charge does. Some of its lot's payment was moved on, spent and claimed."""
+    await both.do(opened(ROOT, "usd", policy="soft"))
+    await both.do(opened(TEAM, "usd", policy="soft"))
+    await both.do(paid(30, "pi_1"))
+    await both.do(paid(12, "pi_1"))
+    await both.do(Transfer(account=ROOT, to_account=TEAM, unit="usd", amount=12))
+    held = hold_id()
+    await both.do(PlaceHold(hold=held, account=ROOT, legs=(leg("usd", 0, 25),), overdue="charge_estimate"))
+    await both.do(use(12, account=TEAM, at=both.core.now))
+    await both.do(claim(40, "pi_1", state="open"))
+    assert both.core.wallet(ROOT, "usd").frozen == 5
+    both.core.wait(hours=1)
+    late = use(2, hold=held, at=both.core.now)
+    if way == "bundle":
+        await both.bundle(late)
+    else:
+        await both.do(late)
+    wallet = both.core.wallet(ROOT, "usd")
+    assert (wallet.posted, wallet.held, wallet.frozen) == (28, 0, 28)
+    await both.do(claim(40, "pi_1", state="final", revision=1))
+    assert (both.core.wallet(ROOT, "usd").posted, both.core.debt(TEAM)) == (0, 12)
+    both.check_replay()
+
+
 async def test_a_late_charge_of_an_estimate_that_was_spent_and_repaid_finds_its_lots(both: Both) -> None:
     await both.do(opened(ROOT, "usd", policy="soft"))
     await both.do(paid(10, "pi_1"))

@@ -1,10 +1,9 @@
 """What is read of a journal written by hand: now, of the past, page by page, with its causes."""
 
-import csv
-import io
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, nullcontext
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,24 @@ from infra.cli import app as scrip
 from infra.commands import ledger as commands
 from services.kit.database import open_pool
 from services.kit.http import Readiness, build_app
-from services.ledger import queries
 from services.ledger.domain.commands import LotScope, Rule, Units
 from services.ledger.domain.entries import LotGranted, Move
 from services.ledger.domain.periods import boundary
 from services.ledger.engine import Owners
 from services.ledger.projections import reversed_text
-from services.ledger.queries import BalanceView, StatementEntry, StatementFilter, WalletView
-from services.ledger.routes import Backend, reading_routes
+from services.ledger.queries import balances, exports, statements
+from services.ledger.queries.accounts import read_accounts, read_tree
+from services.ledger.queries.balances import BalanceView, read_balance, read_balance_as_of, read_posted_at
+from services.ledger.queries.charges import UseView, read_charge
+from services.ledger.queries.exports import as_csv, as_parquet, exported_accounts, exported_pages
+from services.ledger.queries.holds import read_hold, read_open_holds
+from services.ledger.queries.past import find_past
+from services.ledger.queries.statements import StatementEntry, StatementFilter, read_statement
+from services.ledger.queries.totals import read_account_totals
+from services.ledger.queries.transactions import read_transaction
+from services.ledger.queries.wallets import ScopeView, WalletView
+from services.ledger.routes import Backend
+from services.ledger.routes.reading import reading_router
 from services.ledger.translate import full_id
 from tests.builders import charge_line, hold_leg, open_account, place_hold
 from tests.conftest import Database
@@ -51,6 +60,7 @@ from tests.integration.ledger.by_hand import (
     uuid,
 )
 from tests.integration.ledger.driving import Driver
+from tests.integration.ledger.exporting import rows_of_csv, rows_of_parquet
 
 pytestmark = pytest.mark.anyio
 
@@ -59,7 +69,7 @@ KEY = f"{ROOT}/key"
 A, B, C, DEBT, OVER = (uuid(number) for number in range(1, 6))
 HOLD, LATER = uuid(20), uuid(21)
 EVERYTHING = StatementFilter()
-USE = queries.UseView(provider=GPT.provider, model=GPT.model, feature=None)
+USE = UseView(provider=GPT.provider, model=GPT.model, feature=None)
 
 
 @pytest.fixture
@@ -69,7 +79,7 @@ async def hand(database: Database) -> AsyncIterator[Hand]:
 
 
 async def balance(hand: Hand, account: str = ROOT, *, at: datetime) -> BalanceView:
-    found = await queries.read_balance(hand.connection, account, units=UNITS, now=at)
+    found = await read_balance(hand.connection, account, units=UNITS, now=at)
     assert found is not None
     return found
 
@@ -143,7 +153,7 @@ async def test_a_balance_says_what_is_owed_and_what_counts_aside(hand: Hand) -> 
     assert amounts(view) == ("-0.5", "0", "-1.5")
     assert view.debt == "2.5"
     assert [(lot.kind, lot.available) for lot in view.lots] == [("purchase", "0"), ("purchase", "1"), ("debt", "-2.5")]
-    assert view.lots[0].scope == queries.ScopeView(providers=[], models=["gpt-4o-mini"], features=[])
+    assert view.lots[0].scope == ScopeView(providers=[], models=["gpt-4o-mini"], features=[])
     assert (view.lots[1].cost_basis, view.lots[1].reference) == ("0.9", "ticket")
     cap = await wallet(hand, KEY, at=BEGIN + HOUR)
     assert (cap.posted, cap.overage, cap.uncapped) == ("0", "7", "9")
@@ -152,13 +162,13 @@ async def test_a_balance_says_what_is_owed_and_what_counts_aside(hand: Hand) -> 
 async def test_an_account_that_is_not_open_has_no_balance(hand: Hand) -> None:
     await hand.write(opened(ROOT, "usd"))
     at = BEGIN + 2 * HOUR
-    assert await queries.read_balance(hand.connection, KEY, units=UNITS, now=at) is None
-    assert await queries.read_balance_as_of(hand.connection, KEY, as_of=at, units=UNITS) is None
-    assert await queries.read_balance_as_of(hand.connection, ROOT, as_of=BEGIN, units=UNITS) is None
-    assert await queries.read_posted_at(hand.connection, KEY, world_at=at, units=UNITS, now=at) is None
-    assert await queries.read_account_totals(hand.connection, KEY, units=UNITS) is None
-    assert await queries.exported_accounts(hand.connection, KEY, below=True) == (0, [])
-    assert await queries.read_tree(hand.connection, "other", after="", limit=9, units=UNITS, now=at) == []
+    assert await read_balance(hand.connection, KEY, units=UNITS, now=at) is None
+    assert await read_balance_as_of(hand.connection, KEY, as_of=at, units=UNITS) is None
+    assert await read_balance_as_of(hand.connection, ROOT, as_of=BEGIN, units=UNITS) is None
+    assert await read_posted_at(hand.connection, KEY, world_at=at, units=UNITS, now=at) is None
+    assert await read_account_totals(hand.connection, KEY, units=UNITS) is None
+    assert await exported_accounts(hand.connection, KEY, below=True) == (0, [])
+    assert await read_tree(hand.connection, "other", after="", limit=9, units=UNITS, now=at) is None
 
 
 async def a_past(hand: Hand) -> list[datetime]:
@@ -190,7 +200,7 @@ async def a_past(hand: Hand) -> list[datetime]:
 
 
 async def as_of(hand: Hand, at: datetime, account: str = ROOT) -> BalanceView | None:
-    return await queries.read_balance_as_of(hand.connection, account, as_of=at, units=UNITS)
+    return await read_balance_as_of(hand.connection, account, as_of=at, units=UNITS)
 
 
 async def known_as_of(hand: Hand, at: datetime, account: str) -> BalanceView:
@@ -225,17 +235,14 @@ async def test_the_past_is_what_was_recorded_then(hand: Hand, monkeypatch: pytes
     # Between two batches it is as after the first of them; counted from the other end it is the same.
     assert [plain_as_of(await as_of(hand, at + HOUR / 2)) for at in times] == [plain_as_of(view) for view in views]
     directions = []
-    found_past = queries._past
 
     async def turned(*asked: Any) -> Any:
-        past = await found_past(*asked)
+        past = await find_past(*asked)
         assert past is not None
         directions.append(past.backwards)
-        return queries._Past(
-            past.partition, past.account, past.opened_at, past.batch, past.head, backwards=not past.backwards
-        )
+        return replace(past, backwards=not past.backwards)
 
-    monkeypatch.setattr(queries, "_past", turned)
+    monkeypatch.setattr(balances, "find_past", turned)
     assert [await as_of(hand, at) for at in times] == views
     assert set(directions) == {True, False}
 
@@ -270,9 +277,7 @@ async def test_world_time_counts_by_when_it_occurred(hand: Hand) -> None:
     await a_past(hand)
 
     async def posted(at: datetime) -> str:
-        view = await queries.read_posted_at(
-            hand.connection, ROOT, world_at=at, units=UNITS, now=hand.head.recorded_at + HOUR
-        )
+        view = await read_posted_at(hand.connection, ROOT, world_at=at, units=UNITS, now=hand.head.recorded_at + HOUR)
         assert view is not None
         (only,) = view.wallets
         return only.posted
@@ -287,7 +292,7 @@ async def test_world_time_counts_by_when_it_occurred(hand: Hand) -> None:
 async def test_world_time_knows_what_is_due_and_not_yet_recorded(hand: Hand) -> None:
     await hand.write(opened(ROOT, "usd"), granted(ROOT, "usd", A, 100, expires_at=BEGIN + 5 * HOUR))
     for at, expected in ((BEGIN + 4 * HOUR, "1"), (BEGIN + 5 * HOUR, "0")):
-        view = await queries.read_posted_at(hand.connection, ROOT, world_at=at, units=UNITS, now=BEGIN + 99 * HOUR)
+        view = await read_posted_at(hand.connection, ROOT, world_at=at, units=UNITS, now=BEGIN + 99 * HOUR)
         assert view is not None
         assert view.wallets[0].posted == expected
 
@@ -302,9 +307,11 @@ async def pages(
     entries: list[StatementEntry] = []
     place, count = None, 0
     while True:
-        page, place = await queries.read_statement(
+        found = await read_statement(
             hand.connection, account, wanted=wanted, before=place, limit=limit, units=UNITS.by_name
         )
+        assert found is not None
+        page, place = found
         entries += page
         count += 1
         assert count < 200
@@ -347,7 +354,7 @@ async def test_a_filter_leaves_out_and_changes_nothing_however_little_is_looked_
         StatementFilter(since=times[-1] + HOUR): lambda _: False,
     }
     for scanned in (20_000, 7, 3, 1):
-        monkeypatch.setattr(queries, "ENTRIES_SCANNED_MAX", scanned)
+        monkeypatch.setattr(statements, "ENTRIES_SCANNED_MAX", scanned)
         for wanted, belongs in filters.items():
             expected = [entry for entry in whole if belongs(entry)]
             for limit in (500, 2):
@@ -389,7 +396,7 @@ async def test_a_transaction_tells_its_cause_and_both_sides(hand: Hand) -> None:
     command = (PARTITION, "billing", "payment:1", b"h", transaction, batch, BEGIN + HOUR, "{}")
     await hand.write(opened(ROOT, "usd"), granted(ROOT, "usd", A, 1000), commands=[command])
     await hand.write(opened(KEY))
-    view = await queries.read_transaction(hand.connection, full_id("txn", PARTITION, transaction), units=UNITS)
+    view = await read_transaction(hand.connection, full_id("txn", PARTITION, transaction), units=UNITS)
     assert view is not None
     assert [(each.principal, each.idempotency_key) for each in view.commands] == [("billing", "payment:1")]
     assert [(entry.kind, entry.account, entry.posted) for entry in view.entries] == [
@@ -401,7 +408,7 @@ async def test_a_transaction_tells_its_cause_and_both_sides(hand: Hand) -> None:
     assert (view.batch, view.recorded_at, view.entries_total) == (1, BEGIN + HOUR, 4)
     assert (view.bundle, view.lines, view.reversals) == (None, [], [])
     unknown = full_id("txn", PARTITION, uuid(7))
-    assert await queries.read_transaction(hand.connection, unknown, units=UNITS) is None
+    assert await read_transaction(hand.connection, unknown, units=UNITS) is None
 
 
 async def test_a_charge_is_explained_from_the_event_to_the_lots_and_back(hand: Hand) -> None:
@@ -427,7 +434,7 @@ async def test_a_charge_is_explained_from_the_event_to_the_lots_and_back(hand: H
         reversals=[(PARTITION, "demo", "e/1", 0, batch, 1, transaction, text, "a ticket")],
     )
     for account in (None, KEY):
-        view = await queries.read_charge(hand.connection, "demo", "e/1", account=account, units=UNITS)
+        view = await read_charge(hand.connection, "demo", "e/1", account=account, units=UNITS)
         assert view is not None
         (line,) = view.lines
         assert (line.account, line.hold, line.bundle, line.line) == (KEY, full_id("hold", PARTITION, HOLD), 3, 1)
@@ -440,12 +447,12 @@ async def test_a_charge_is_explained_from_the_event_to_the_lots_and_back(hand: H
         (reversal,) = line.reversals
         assert (reversal.reason, [part.amount for part in reversal.split]) == ("a ticket", ["4"])
         assert reversal.transaction == full_id("txn", PARTITION, transaction)
-    assert await queries.read_charge(hand.connection, "demo", "e/1", account=ROOT, units=UNITS) is None
-    assert await queries.read_charge(hand.connection, "demo", "e3", account=None, units=UNITS) is None
-    cause = await queries.read_transaction(hand.connection, full_id("txn", PARTITION, charging), units=UNITS)
+    assert await read_charge(hand.connection, "demo", "e/1", account=ROOT, units=UNITS) is None
+    assert await read_charge(hand.connection, "demo", "e3", account=None, units=UNITS) is None
+    cause = await read_transaction(hand.connection, full_id("txn", PARTITION, charging), units=UNITS)
     assert cause is not None
     assert (cause.bundle, [each.event_id for each in cause.lines]) == (3, ["e/1", "e2"])
-    back = await queries.read_transaction(hand.connection, full_id("txn", PARTITION, transaction), units=UNITS)
+    back = await read_transaction(hand.connection, full_id("txn", PARTITION, transaction), units=UNITS)
     assert back is not None
     assert back.reversals == [reversal]
 
@@ -459,14 +466,15 @@ async def test_open_holds_are_those_of_the_account_and_below_it_and_no_neighbour
     await hand.write(moved("hold_released", ROOT, "usd", A, held=-100, hold=uuid(60)))
 
     async def found(account: str, after: str | None = None) -> list[tuple[str, str]]:
-        views = await queries.read_open_holds(hand.connection, account, after=after, limit=2, units=UNITS.by_name)
+        views = await read_open_holds(hand.connection, account, after=after, limit=2, units=UNITS.by_name)
+        assert views is not None
         return [(view.account, view.hold) for view in views]
 
     ids = [full_id("hold", PARTITION, uuid(50 + number)) for number in range(4)]
     assert await found(names[0]) == [(names[0], ids[0]), (names[1], ids[1])]
     assert await found(names[0], ids[0]) == [(names[1], ids[1])]
     assert await found(ROOT, ids[1]) == [(names[2], ids[2]), (names[3], ids[3])]
-    view = await queries.read_hold(hand.connection, ids[0], units=UNITS.by_name)
+    view = await read_hold(hand.connection, ids[0], units=UNITS.by_name)
     assert view is not None
     assert view.scope == USE
     assert [(each.account, each.placed, each.held, each.estimated) for each in view.wallets] == [(ROOT, "1", "1", "0")]
@@ -484,7 +492,7 @@ async def test_totals_add_up_to_what_is_posted(hand: Hand) -> None:
         moved("transferred", ROOT, "usd", C, -10),
         moved("transferred", f"{ROOT}/other", "usd", uuid(70), 10, details=details),
     )
-    (usd,) = await queries.read_account_totals(hand.connection, ROOT, units=UNITS) or []
+    (usd,) = await read_account_totals(hand.connection, ROOT, units=UNITS) or []
     assert (usd.granted, usd.charged, usd.expired, usd.adjusted, usd.transferred) == (
         "13.5",
         "6.7",
@@ -502,7 +510,7 @@ async def test_totals_add_up_to_what_is_posted(hand: Hand) -> None:
     added = cents(usd.granted) - cents(usd.charged) + cents(usd.reversed) - cents(usd.expired) - cents(usd.voided)
     added += -cents(usd.clawed_back) + cents(usd.adjusted) + cents(usd.transferred)
     assert added == cents(usd.posted) - cents(usd.overage) - cents(usd.uncapped)
-    (tokens,) = await queries.read_account_totals(hand.connection, KEY, units=UNITS) or []
+    (tokens,) = await read_account_totals(hand.connection, KEY, units=UNITS) or []
     assert (tokens.charged, tokens.posted, tokens.overage) == ("5", "0", "5")
 
 
@@ -514,20 +522,22 @@ async def test_a_tree_has_its_accounts_in_order_and_what_is_due_on_them_done(han
         )
 
     async def found(after: str, limit: int, at: datetime) -> list[tuple[str, str]]:
-        page = await queries.read_tree(hand.connection, ROOT, after=after, limit=limit, units=UNITS, now=at)
+        page = await read_tree(hand.connection, ROOT, after=after, limit=limit, units=UNITS, now=at)
+        assert page is not None
         return [(each.account, each.wallets[0].posted) for each in page]
 
     assert await found("", 9, BEGIN) == [(name, "1") for name in names]
     assert await found("", 2, BEGIN) == [(name, "1") for name in names[:2]]
     assert await found(names[1], 9, BEGIN + 30 * HOUR) == [(name, "0") for name in names[2:]]
-    listed = await queries.read_accounts(hand.connection, prefix=f"{ROOT}/a", after=names[1], limit=9)
+    listed = await read_accounts(hand.connection, prefix=f"{ROOT}/a", after=names[1], limit=9)
     assert [(each.account, each.units) for each in listed] == [(name, ["usd"]) for name in names[2:4]]
 
 
-async def test_an_export_is_the_journal_of_the_accounts_as_it_was_when_it_began(
+async def test_an_export_is_the_journal_of_the_accounts_as_it_was_when_it_began_whatever_its_format(
     hand: Hand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(queries, "EXPORT_ROWS", 2)
+    monkeypatch.setattr(exports, "PAGE_ROWS", 2)
+    monkeypatch.setattr(exports, "GROUP_ROWS", 4)
     await a_past(hand)
 
     @asynccontextmanager
@@ -535,10 +545,15 @@ async def test_an_export_is_the_journal_of_the_accounts_as_it_was_when_it_began(
         yield hand.connection
 
     async def exported(account: str, *, below: bool) -> list[dict[str, str]]:
-        batch, names = await queries.exported_accounts(hand.connection, account, below=below)
+        batch, names = await exported_accounts(hand.connection, account, below=below)
         await hand.write(granted(ROOT, "usd", uuid(90 + hand.head.batch), 1))
-        parts = [part async for part in queries.exported_csv(connect, names, batch=batch, units=UNITS.by_name)]
-        return list(csv.DictReader(io.StringIO(b"".join(parts).decode(), newline="")))
+        written = []
+        for write in (as_csv, as_parquet):
+            pages = exported_pages(connect, names, batch=batch, units=UNITS.by_name)
+            written.append(b"".join([part async for part in write(pages)]))
+        rows = rows_of_csv(written[0])
+        assert rows_of_parquet(written[1]) == rows
+        return rows
 
     rows = await exported(ROOT, below=False)
     whole, _ = await pages(hand)
@@ -607,7 +622,7 @@ async def test_what_was_commanded_is_read_over_http_with_its_causes_and_shown_by
         await get("/v1/holds", account="acme")
         export = await http.get("/v1/exports/journal", params={"account": "acme", "below": "true", "format": "csv"})
         assert export.headers["content-type"].startswith("text/csv")
-        rows = list(csv.DictReader(io.StringIO(export.text, newline="")))
+        rows = rows_of_csv(export.content)
         assert [row["kind"] for row in rows][:2] == ["wallet_opened", "lot_granted"]
 
     class Answering:
@@ -665,7 +680,12 @@ BAD_QUESTIONS = (
     ("/v1/trees/nobody", 404, "account_not_open"),
     ("/v1/trees/%25zz", 422, "invalid_account"),
     ("/v1/exports/journal?account=nobody", 404, "account_not_open"),
-    ("/v1/exports/journal?account=acme&format=parquet", 422, "invalid_request"),
+    ("/v1/exports/journal?account=nobody&format=parquet", 404, "account_not_open"),
+    ("/v1/exports/journal?account=acme&format=xlsx", 400, "unknown_format"),
+    ("/v1/statements/nobody", 404, "account_not_open"),
+    ("/v1/statements/nobody?kind=charged&since=2026-01-01T00:00:00Z", 404, "account_not_open"),
+    ("/v1/holds?account=nobody", 404, "account_not_open"),
+    ("/v1/trees/nobody?after=nobody/a", 404, "account_not_open"),
     ("/v1/holds?account=acme&after=nonsense", 422, "invalid_request"),
 )
 
@@ -680,7 +700,7 @@ async def asking(database: Database, tokens_file: Path, tokens: Mapping[str, str
         lifespan=lambda _: nullcontext(),
         readiness=Readiness(),
         tokens_file=tokens_file,
-        routers=[reading_routes(lambda: backend)],
+        routers=[reading_router(lambda: backend)],
     )
     headers = {"Authorization": f"Bearer {tokens['operator']}"}
     transport = httpx2.ASGITransport(app=app)

@@ -10,7 +10,7 @@ from contracts import ledger as words
 from contracts.money import Amount
 from services.kit.ids import new_hold_id
 from services.ledger.replay import replay
-from tests.builders import charge_line, charges_rated, hold_leg, place_hold
+from tests.builders import charge_line, charges_rated, hold_leg, place_hold, release_hold
 from tests.conftest import Database
 from tests.integration.ledger.driving import Driver
 
@@ -61,6 +61,45 @@ async def test_a_lot_ends_and_a_hold_is_resolved_without_anybody_asking(driver: 
         assert (settled.hold, settled.released) == (estimated, (usd("2"),))
         assert len((await driver.dump())["journal"]) > len(before["journal"])
         assert await driver.rows("SELECT posted, held FROM wallets") == [(9 * 10**9, 0)]
+        assert replay(database.url("ledger_owner")).is_equal
+
+
+async def test_a_hold_that_nobody_swept_ends_at_its_deadline_before_it_is_named(
+    driver: Driver, database: Database
+) -> None:
+    """The sweeper is away. A release comes too late and leaves no trace; a charge finds the hold ended."""
+    driver = replace(driver, settings=driver.settings.model_copy(update={"sweep_seconds": 600.0}))
+    async with driver.running():
+        await driver.funded("acme", "10")
+        released, estimated = new_hold_id("acme"), new_hold_id("acme")
+        hold = place_hold(released, hold_leg("usd", "2"), key="h1").model_copy(update={"lifetime_seconds": 1})
+        await driver.accepted(hold)
+        await driver.accepted(
+            hold.model_copy(update={"hold": estimated, "idempotency_key": "h2", "overdue": "charge_estimate"})
+        )
+        await asyncio.sleep(1.2)
+        before = await driver.dump()
+        for name in (released, estimated):
+            assert (await driver.refused(release_hold(name, key=f"r{name}"))).code == "hold_expired"
+            again = hold.model_copy(update={"hold": name, "idempotency_key": f"p{name}"})
+            assert (await driver.refused(again)).code == "hold_expired"
+            more = words.ExtendHold(idempotency_key=f"e{name}", hold=name, account="acme", lifetime_seconds=60)
+            assert (await driver.refused(more)).code == "hold_expired"
+        dry = words.Charge(idempotency_key="d", line=charge_line("d", usd="1", hold=estimated), dry_run=True)
+        await driver.accepted(dry)
+        assert await driver.dump() == before
+        lines = (charge_line("e1", usd="1", hold=released), charge_line("e2", usd="1", hold=estimated))
+        await driver.publish(charges_rated(*lines))
+        await driver.until("SELECT max(charges_number) FROM heads", 1)
+        assert await driver.rows("SELECT status FROM holds ORDER BY 1") == [("expired",), ("settled",)]
+        assert await driver.rows("SELECT posted, held FROM wallets") == [(8 * 10**9, 0)]
+        told = [fact.hold for fact in await driver.facts(words.HoldExpired) if isinstance(fact, words.HoldExpired)]
+        assert sorted(told) == sorted((released, estimated))
+        ends = await driver.rows(
+            "SELECT count(*) FROM journal j JOIN holds h USING (partition, hold_id)"
+            " WHERE j.kind IN ('hold_expired', 'hold_estimated') AND j.occurred_at = h.expires_at"
+        )
+        assert ends == [(2,)]
         assert replay(database.url("ledger_owner")).is_equal
 
 

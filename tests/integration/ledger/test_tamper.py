@@ -14,7 +14,7 @@ from psycopg.rows import TupleRow
 from contracts.partition import partition_of
 from services.ledger.audit import Audited, Evidence, Finding, audit
 from services.ledger.domain.chain import GENESIS, columns_hash
-from services.ledger.domain.commands import ClaimPayment, Grant, Leg, PlaceHold, ReleaseHold, ReverseCharge
+from services.ledger.domain.commands import Adjust, ClaimPayment, Grant, Leg, PlaceHold, ReleaseHold, ReverseCharge
 from services.ledger.signing import Signer, new_key, signer
 from tests.conftest import Database
 from tests.integration.ledger.recording import CAPS, KEYS, SIGNER, Recorder, recording
@@ -116,6 +116,7 @@ async def _live(recorder: Recorder) -> None:
     )
     recorder.later(seconds=1)
     await recorder.accepted(Grant(account=ROOT, unit="usd", amount=7))
+    await recorder.accepted(Adjust(account=ROOT, unit="usd", amount=-20_000, reason="put right", force=True))
 
 
 def places(found: Audited) -> set[tuple[int, int]]:
@@ -326,6 +327,9 @@ FORGERIES: Final = {
         " lot_kind = CASE kind WHEN 'hold_placed' THEN 'debt' ELSE lot_kind END,"
         " lot_id = CASE kind WHEN 'hold_placed' THEN '01980000-0000-7000-8000-000000000000' ELSE lot_id END"
         " WHERE (kind, unit, batch) = ('lot_granted', 'usd', 2) OR (kind, account) = ('hold_placed', 'acme')"
+    ),
+    "it takes the hard wallet acme usd to -": (
+        "UPDATE journal SET details = replace(details, '\"forced\":true,', '') WHERE kind = 'adjusted'"
     ),
     "which is valid at another time": (
         "UPDATE journal SET details = replace(details, '\"priority\"',"

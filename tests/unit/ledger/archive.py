@@ -18,17 +18,19 @@ from services.ledger.domain.commands import (
     LotScope,
     OpenAccount,
     Policy,
+    ResolveHold,
     ReverseCharge,
     Transfer,
     Units,
     WalletTerms,
 )
 from services.ledger.domain.decide import decide
-from services.ledger.domain.draft import Draft, Head
+from services.ledger.domain.draft import Draft, Head, Transaction
 from services.ledger.domain.due import decide_due
 from services.ledger.domain.entries import PSEUDO_KINDS, Charged, Entry, Move, is_contra, payment_of
 from services.ledger.domain.errors import Refusal
 from services.ledger.domain.evolve import evolve
+from services.ledger.domain.overdue import decide_overdue, in_order, overdue
 from services.ledger.domain.state import Lot, PartitionState, PastLine, Wallet
 from tests.unit.ledger.book import BEGIN, PARTITION, UNITS
 
@@ -101,12 +103,7 @@ class Archive:
         """Read, do what is due, decide, and keep it if it is accepted."""
         self.now += timedelta(milliseconds=1)
         draft = Draft(self._head, self._read(command), now=self.now)
-        while True:
-            transaction = draft.begin()
-            due = decide_due(draft.state, draft.state.accounts, units=self.units, place=transaction.place)
-            if not due:
-                break
-            transaction.record(due)
+        transaction = self._begin(draft, command)
         before = _facts(draft.state.fork(accounts=draft.state.accounts, holds=draft.state.holds))
         decided = decide(draft.state, command, units=self.units, place=transaction.place)
         assert _facts(draft.state) == before, "a decision changes nothing"
@@ -120,7 +117,7 @@ class Archive:
         """Charge lines in one transaction, summed, as a bundle."""
         self.now += timedelta(milliseconds=1)
         draft = Draft(self._head, self._read(*lines), now=self.now)
-        transaction = draft.begin()
+        transaction = self._begin(draft, *lines)
         for each in lines:
             decided = decide(draft.state, each, units=self.units, place=transaction.place)
             assert isinstance(decided, list), decided
@@ -128,6 +125,23 @@ class Archive:
             self._note(each, decided)
         transaction.finish(Charged(lines=len(lines), lines_hash=""))
         self._commit(draft)
+
+    def _begin(self, draft: Draft, *commands: Command) -> Transaction:
+        """What is due before commands, then their transaction. Before a hold is resolved, what was due by its end."""
+        late = in_order(hold for each in commands if (hold := overdue(draft.state, each, draft.recorded_at)))
+        is_resolved = bool(late) and isinstance(commands[0], ResolveHold)
+        transaction = draft.begin()
+        for hold in late:
+            while moves := decide_overdue(draft.state, hold, units=self.units, place=transaction.place):
+                if is_resolved and moves[0].hold is not None:
+                    return transaction
+                transaction.record(moves)
+                transaction = draft.begin()
+        accounts = draft.state.accounts
+        while moves := decide_due(draft.state, accounts, units=self.units, place=transaction.place):
+            transaction.record(moves)
+            transaction = draft.begin()
+        return transaction
 
     # Then
 
@@ -238,7 +252,7 @@ class Archive:
             if hold is not None:
                 holds.add(hold.id)
                 names |= {earmark.account for earmark in hold.earmarks.values()}
-                if hold.status == "estimated":
+                if hold.overdue == "charge_estimate":
                     wanted |= {earmark.lot for earmark in hold.earmarks.values()}
         lots, known = self._lots({root(command.account) for command in commands}, wanted, payments)
         names |= {lot.account for lot in lots.values()}

@@ -25,6 +25,7 @@ from services.ledger.domain.commands import (
     Leg,
     OpenAccount,
     Policy,
+    ResolveHold,
     ReverseCharge,
     Scope,
     Transfer,
@@ -38,8 +39,11 @@ from services.ledger.domain.due import decide_due, next_due
 from services.ledger.domain.entries import Charged, Details, Entry, Move, is_contra, payment_of
 from services.ledger.domain.errors import AlreadyCharged, ChargeDiffers, Refusal
 from services.ledger.domain.evolve import evolve
-from services.ledger.domain.state import PartitionState, PastLine, Wallet
+from services.ledger.domain.laws import Breach, Laws, Line
+from services.ledger.domain.overdue import decide_overdue, in_order, overdue
+from services.ledger.domain.state import Hold, PartitionState, PastLine, Wallet
 from services.ledger.projections import Row, add_rows, changed_rows, lot_of
+from services.ledger.translate import scope_text, split_text
 
 PARTITION: Final = 7
 BEGIN: Final = datetime(2026, 7, 1, 12, tzinfo=UTC)
@@ -108,6 +112,8 @@ class _Noted:
     contents: dict[LineKey, tuple[object, ...]] = field(default_factory=dict)
     charged: dict[LineKey, PastLine] = field(default_factory=dict)
     given_back: list[tuple[LineKey, dict[tuple[str, str, str], int]]] = field(default_factory=list)
+    # By transaction, as an audit reads them.
+    lines: list[tuple[str, Line]] = field(default_factory=list)
 
 
 class Book:
@@ -125,6 +131,7 @@ class Book:
         self.tables: Tables = {table.name: {} for table in tables.PROJECTIONS}
         self.lines: dict[LineKey, PastLine] = {}
         self.contents: dict[LineKey, tuple[object, ...]] = {}
+        self.charged: dict[str, list[Line]] = {}
         self.head = Head(
             partition=PARTITION,
             epoch=1,
@@ -205,14 +212,14 @@ class Book:
         draft = self._draft()
         accounts = {account: None for each in lines for account in self.concerned(each)}
         # A bundle has been taken, whatever becomes of its lines: so what is due is done.
-        self._do_due(draft, accounts)
+        self._do_due(draft, accounts, late=self._late(draft, lines))
         transaction = draft.begin()
         outcomes: list[list[Move] | Refusal] = []
         for each in lines:
             decided = self._decide(draft, each, transaction)
             if isinstance(decided, list):
                 transaction.record_summed(decided)
-                self._note(draft, each, decided)
+                self._note(draft, each, decided, transaction)
             outcomes.append(decided)
         charged = sum(isinstance(outcome, list) for outcome in outcomes)
         if charged:
@@ -273,6 +280,16 @@ class Book:
             evolve(state, msgspec.structs.replace(recorded.entry, details=stored))
         return _keyed(changed_rows(PARTITION, state))
 
+    def breaches(self) -> list[Breach]:
+        """What an audit finds in the journal."""
+        laws = Laws(PARTITION, caps={unit.name for unit in self.units.by_name.values() if unit.kind == "cap"})
+        for transaction, recorded in itertools.groupby(self.journal, key=lambda each: each.entry.transaction):
+            rows = [(*_row(each.entry), each.details) for each in recorded]
+            charged = laws.add(rows)
+            if charged is not None:
+                laws.check_lines(rows, self.charged.get(transaction, ()), required=charged.required)
+        return laws.breaches
+
     @property
     def entries(self) -> list[Entry]:
         """The journal."""
@@ -306,14 +323,15 @@ class Book:
     def _attempt(self, draft: Draft, command: Command, *, dry_run: bool = False) -> list[Move] | Refusal:
         accounts = self.concerned(command)
         due = next_due(draft.state, accounts)
-        if not dry_run and (due is None or due > draft.recorded_at):
+        late = self._late(draft, [command])
+        if not dry_run and not late and (due is None or due > draft.recorded_at):
             return self._decided(draft, command, accounts)
         hold = getattr(command, "hold", None)
         tried = draft.fork(accounts=accounts, holds=() if hold is None else (hold,))
         noted = self._noted
         if dry_run:
             self._noted = _Noted(dict(noted.contents))
-        self._do_due(draft, accounts)
+        self._do_due(draft, accounts, late=late, resolving=isinstance(command, ResolveHold))
         decided = self._decided(draft, command, accounts)
         if isinstance(decided, list) and not dry_run:
             draft.join(tried)
@@ -327,18 +345,38 @@ class Book:
         decided = self._decide(draft, command, transaction)
         if isinstance(decided, list):
             transaction.record(decided)
-            self._note(draft, command, decided)
+            self._note(draft, command, decided, transaction)
             if decided:
                 self._alert(draft, transaction)
             if isinstance(command, ChargeLine):
-                transaction.finish(Charged(lines=1, lines_hash=""))
+                transaction.finish(Charged(lines=1, lines_hash="", required=command.required))
             # A period may have begun before now.
             self._do_due(draft, accounts)
         return decided
 
-    def _do_due(self, draft: Draft, accounts: Iterable[str]) -> None:
-        """Each thing that is due, in the order of its time, in a transaction of its own."""
+    def _late(self, draft: Draft, commands: Iterable[Command]) -> list[Hold]:
+        """The holds that commands name and that are past their deadline."""
+        found = (overdue(draft.state, command, draft.recorded_at) for command in commands)
+        return in_order(hold for hold in found if hold is not None)
+
+    def _do_due(
+        self, draft: Draft, accounts: Iterable[str], *, late: Iterable[Hold] = (), resolving: bool = False
+    ) -> None:
+        """Each thing that is due, in the order of its time, in a transaction of its own; overdue holds, too.
+
+        Before one is resolved by command: only what was due by its deadline. The rest follows.
+        """
         names = list(accounts)
+        for hold in late:
+            while True:
+                transaction = draft.begin()
+                moves = decide_overdue(draft.state, hold, units=self.units, place=transaction.place)
+                if resolving and moves[0].hold is not None:
+                    return
+                if not moves:
+                    break
+                transaction.record(moves)
+                self._alert(draft, transaction)
         for _ in range(100_000):
             transaction = draft.begin()
             moves = decide_due(draft.state, names, units=self.units, place=transaction.place)
@@ -364,9 +402,13 @@ class Book:
         found = decide_alerts([wallet for wallet in wallets if wallet is not None], place=transaction.place)
         transaction.record(found)
 
-    def _note(self, draft: Draft, command: Command, moves: Sequence[Move]) -> None:
+    def _note(self, draft: Draft, command: Command, moves: Sequence[Move], transaction: Transaction) -> None:
         if isinstance(command, ChargeLine):
             key = (command.source, command.event_id, command.revision)
+            hold = draft.state.holds.get(command.hold or "")
+            scope = hold.scope if command.scope is None and hold is not None else command.scope
+            about = (command.account, command.occurred_at, command.hold, scope_text(scope), split_text(moves))
+            self._noted.lines.append((transaction.id, Line(command.event_id, *about)))
             taken = PastLine(
                 source=command.source,
                 event_id=command.event_id,
@@ -430,8 +472,20 @@ class Book:
                 named = {lot for _, _, lot in past.split}
                 lots = [lot_of(self.tables["lots"][PARTITION, lot]) for lot in named | self._repaying(named)]
                 return sorted({of for lot in lots if (of := payment_of(lot.kind, lot.reference)) is not None})
+            case ChargeLine():
+                named = self._estimated(command)
+                lots = [lot_of(self.tables["lots"][PARTITION, lot]) for lot in named | self._repaying(named)]
+                return sorted({of for lot in lots if (of := payment_of(lot.kind, lot.reference)) is not None})
             case _:
                 return []
+
+    def _estimated(self, line: ChargeLine) -> set[str]:
+        """The lots of which a line's hold charged an estimate, or may have to before it."""
+        row = self.tables["holds"].get((PARTITION, line.hold or ""))
+        hold = {} if row is None else dict(zip(tables.holds.columns.keys(), row, strict=True))
+        if not hold or (hold["account"], hold["overdue"]) != (line.account, "charge_estimate"):
+            return set()
+        return {str(row[4]) for key, row in self.tables["hold_lots"].items() if key[1] == line.hold}
 
     def _recall_payment(self, payment: str, command: Command) -> None:
         claiming = not isinstance(command, Grant)
@@ -509,8 +563,30 @@ class Book:
             self.state.written(self.head.recorded_at)
         self.contents |= self._noted.contents
         self.lines |= self._noted.charged
+        for transaction, told in self._noted.lines:
+            self.charged.setdefault(transaction, []).append(told)
         for key, back in self._noted.given_back:
             _add(self.lines[key].reversed, back)
+
+
+def _row(entry: Entry) -> tuple[object, ...]:
+    """An entry as an audit reads it, but for its details."""
+    return (
+        entry.batch,
+        entry.position,
+        entry.transaction,
+        entry.kind,
+        entry.account,
+        entry.unit,
+        entry.lot,
+        entry.lot_kind,
+        entry.hold,
+        entry.posted,
+        entry.held,
+        entry.frozen,
+        entry.occurred_at,
+        entry.recorded_at,
+    )
 
 
 def _content(command: ChargeLine) -> tuple[object, ...]:

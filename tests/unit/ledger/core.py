@@ -16,6 +16,7 @@ from services.ledger.domain.commands import (
     LotScope,
     OpenAccount,
     Policy,
+    ResolveHold,
     Scope,
     Units,
     WalletTerms,
@@ -26,7 +27,8 @@ from services.ledger.domain.due import decide_due
 from services.ledger.domain.entries import PSEUDO_KINDS, Entry, Move, is_contra
 from services.ledger.domain.errors import Refusal
 from services.ledger.domain.evolve import evolve
-from services.ledger.domain.state import Lot, PartitionState, Wallet
+from services.ledger.domain.overdue import decide_overdue, overdue
+from services.ledger.domain.state import Hold, Lot, PartitionState, Wallet
 
 BEGIN: Final = datetime(2026, 7, 1, 12, tzinfo=UTC)
 SCOPE: Final = Scope("openai", "gpt-4o-mini")
@@ -135,10 +137,16 @@ class Core:
 
     def ask(self, command: Command) -> list[Move] | Refusal:
         """Carry out a command, if it is accepted, in a batch of its own, after what is due."""
-        self.due()
+        hold = overdue(self.state, command, self.now)
+        if hold is not None:
+            self._end(hold, itself=not isinstance(command, ResolveHold))
+        if hold is None or not isinstance(command, ResolveHold):
+            self.due()
         decided = decide(self.state, command, units=self.units, place=self._place())
         if isinstance(decided, list):
             self._record(decided)
+        if isinstance(command, ResolveHold):
+            self.due()
         return decided
 
     def due(self) -> None:
@@ -146,6 +154,15 @@ class Core:
         for _ in range(10_000):
             moves = decide_due(self.state, self.state.accounts, units=self.units, place=self._place())
             if not moves:
+                return
+            self._record(moves)
+        raise AssertionError("something is due for ever")
+
+    def _end(self, hold: Hold, *, itself: bool) -> None:
+        """Do what was due by the deadline of an overdue hold, and let it end, if `itself` is to."""
+        for _ in range(10_000):
+            moves = decide_overdue(self.state, hold, units=self.units, place=self._place())
+            if not moves or (not itself and moves[0].hold is not None):
                 return
             self._record(moves)
         raise AssertionError("something is due for ever")

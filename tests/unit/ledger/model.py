@@ -112,10 +112,26 @@ class Model:
 
     # Time -------------------------------------------------------------------------------------------------------------
 
-    def catch_up(self, accounts: Iterable[str], now: datetime) -> dict[Key, Plain]:
-        """Do what is due on accounts, the earliest first: what those wallets were before."""
+    def late(self, commands: Iterable[Command], now: datetime) -> list[str]:
+        """The holds that commands of their accounts name, and that are past their deadline: the latest last."""
+        found: dict[str, datetime] = {}
+        for command in commands:
+            name = getattr(command, "hold", None)
+            hold = self.holds.get(name or "")
+            if not name or hold is None or hold["account"] != command.account:
+                continue
+            if hold["status"] == "placed" and hold["deadline"] <= now:
+                found[name] = hold["deadline"]
+        return sorted(found, key=lambda name: (found[name], name))
+
+    def catch_up(self, accounts: Iterable[str], now: datetime, *, late: Sequence[str] = ()) -> dict[Key, Plain]:
+        """Do what is due on accounts, the earliest first, overdue holds among it: what those wallets were before."""
         saved: dict[Key, Plain] = {}
         keys = sorted(key for key in self.wallets if key[0] in set(accounts))
+        for name in late:
+            deadline = self.holds[name]["deadline"]
+            saved = self.catch_up(accounts, deadline) | saved
+            self.resolve(name, now)
         while True:
             due = [(at, key) for key in keys if (at := self.next_due(self.wallets[key])) <= now]
             if not due:
@@ -558,13 +574,8 @@ class Model:
             case ReleaseHold():
                 self.end(command.hold, command.account, "released", now)
             case ResolveHold():
-                hold = self.holds[command.hold]
-                if hold["deadline"] <= now:
-                    if hold["overdue"] == "charge_estimate":
-                        self.estimate(hold)
-                        self.end(command.hold, command.account, "estimated", now)
-                    else:
-                        self.end(command.hold, command.account, "expired", now)
+                if self.holds[command.hold]["deadline"] <= now:
+                    self.resolve(command.hold, now)
             case ChargeLine():
                 self.charge(command, now)
             case ReverseCharge():
@@ -709,8 +720,16 @@ class Model:
             wallet[kind]["held"] += left
             hold["parts"][*key, kind] = hold["parts"].get((*key, kind), 0) + left
 
-    def end(self, name: str, account: str, status: str, now: datetime) -> None:
-        """Release what a hold holds, and end it. What is free of a void or ended lot is gone."""
+    def resolve(self, name: str, now: datetime) -> None:
+        """A hold ends at its deadline, as it says itself."""
+        hold = self.holds[name]
+        is_estimate = hold["overdue"] == "charge_estimate"
+        if is_estimate:
+            self.estimate(hold)
+        self.end(name, hold["account"], "estimated" if is_estimate else "expired", now, at=hold["deadline"])
+
+    def end(self, name: str, account: str, status: str, now: datetime, *, at: datetime | None = None) -> None:
+        """Release what a hold holds, and end it. What is free of a lot that is void, or over by then, is gone."""
         hold = self.holds.get(name)
         if hold is None:
             hold = {"account": account, "wallets": {}, "parts": {}, "earmarked": set(), "deadline": None, "scope": None}
@@ -719,7 +738,7 @@ class Model:
             self.unhold(hold, (holder, unit, part), amount)
             lot = self.wallets[holder, unit]["lots"].get(part)
             if lot is not None and amount:
-                self.after_freed(lot, now)
+                self.after_freed(lot, at or now)
         hold.update(status=status, ended_at=now)
 
     def unhold(self, hold: Plain, part: tuple[str, str, str], amount: int) -> None:

@@ -29,7 +29,7 @@ from services.ledger.domain.commands import (
     VoidGrant,
     WalletTerms,
 )
-from services.ledger.domain.entries import ASIDE_KINDS, PSEUDO_KINDS, Move
+from services.ledger.domain.entries import ASIDE_KINDS, PSEUDO_KINDS, Entry, Move
 from services.ledger.domain.errors import AccountDiffers, HoldSettled, InsufficientFunds
 from services.ledger.domain.state import Lot, Wallet
 from tests.unit.ledger.core import SCOPE, Core, leg, new_hold
@@ -602,10 +602,12 @@ class Lawful:
         core.due()
         at = core.now
         before = {key: wallet.spendable(at, scope) for key, wallet in self._wallets().items()}
+        known = len(core.entries)
         decided = core.ask(command)
+        # A hold that it names may have ended before it.
+        self._ends_once(core.entries[known:])
         if not isinstance(decided, list):
             return
-        self._ends_once(decided)
         if isinstance(command, PlaceHold | ExtendHold) or (isinstance(command, ChargeLine) and command.required):
             for key, wallet in self._wallets().items():
                 if wallet.policy == "hard":
@@ -646,11 +648,11 @@ class Lawful:
                 lots = self._wallets()[move.account, "usd"].burning()
                 assert not any(lot.available for lot in lots if lot.is_valid(at) and lot.is_for(line.scope))
 
-    def _ends_once(self, moves: list[Move]) -> None:
-        for hold in {move.hold for move in moves if move.kind in ENDINGS and move.hold}:
+    def _ends_once(self, entries: list[Entry]) -> None:
+        for hold in {entry.hold for entry in entries if entry.kind in ENDINGS and entry.hold}:
             assert hold not in self.ended
             self.ended.add(hold)
-        for hold in {move.hold for move in moves if move.kind == "estimate_reversed" and move.hold}:
+        for hold in {entry.hold for entry in entries if entry.kind == "estimate_reversed" and entry.hold}:
             assert hold in self.ended
             assert hold not in self.reversed
             self.reversed.add(hold)

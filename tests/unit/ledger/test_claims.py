@@ -207,6 +207,96 @@ def test_what_an_estimate_was_too_high_is_taken_and_not_owed() -> None:
         book.check()
         assert debt(book) == (7 if state == "final" else 0)
         assert book.amounts("acme", "usd") == ((-7, 0) if state == "final" else (43, 0))
+        assert book.wallet("acme", "usd").frozen == (0 if state == "final" else 43)
+
+
+steps_of_estimate = st.permutations(("place", "deadline", "claim", "charge", "spend"))
+
+
+@given(
+    steps_of_estimate.filter(lambda each: each.index("place") < each.index("deadline") < each.index("charge")),
+    st.sampled_from(("final", "open")),
+    st.integers(0, 60),
+    st.integers(0, 20),
+    st.integers(0, 20),
+)
+def test_what_an_estimate_gives_back_meets_claims_in_whatever_order_they_come(
+    order: list[str], state: ClaimState, claimed: int, estimate: int, cost: int
+) -> None:
+    """Of 30 + 12 paid on one payment, 10 are spent besides: what is taken and frozen is as if all had been charged."""
+    book = bought(30)
+    book.grant("acme", "usd", 12, reference=PAYMENT)
+    held = hold_id()
+    placed = PlaceHold(hold=held, account="acme", legs=(leg("usd", 0, estimate),), overdue="charge_estimate")
+    facts: list[ClaimPayment] = []
+    for step in order:
+        match step:
+            case "place":
+                book.do(placed)
+            case "deadline":
+                book.wait(hours=1)
+                book.ask(ResolveHold(hold=held, account="acme"))
+            case "claim":
+                facts.append(claim(claimed, state=state))
+                book.do(facts[-1])
+            case "charge":
+                book.do(line("acme", ("usd", cost), hold=held))
+            case _:
+                book.do(line("acme", ("usd", 10)))
+        book.check()
+        check_claims(book, facts)
+    wallet = book.wallet("acme", "usd")
+    taken = min(42, claimed) if state == "final" else 0
+    assert wallet.posted == 42 - 10 - cost - taken
+    assert wallet.available_anywhere(book.now) + wallet.frozen == wallet.posted
+    if state == "open":
+        # Nothing of what is left is free that a claim is about.
+        there = sum(lot.available for lot in wallet.burning())
+        assert wallet.frozen == min(42, claimed) or not there
+
+
+@pytest.mark.parametrize("state", ["final", "open"])
+def test_several_purchases_on_one_payment_are_claimed_as_one(state: ClaimState) -> None:
+    """Paid 18 + 24, of which 18 are spent: of a claim over 23 all is taken, or frozen, of what is left."""
+    book = bought(18)
+    book.grant("acme", "usd", 24, reference=PAYMENT)
+    book.do(line("acme", ("usd", 18)))
+    book.do(claim(23, state=state))
+    wallet = book.wallet("acme", "usd")
+    assert (wallet.posted, wallet.frozen, wallet.owed) == ((1, 0, 0) if state == "final" else (24, 23, 0))
+    book.do(claim(41, state=state, revision=1))
+    wallet = book.wallet("acme", "usd")
+    assert (wallet.posted, wallet.frozen, wallet.owed) == ((-17, 0, 17) if state == "final" else (24, 24, 0))
+    book.do(claim(41, state="void", revision=2))
+    assert (book.amounts("acme", "usd"), book.wallet("acme", "usd").frozen, debt(book)) == ((24, 0), 0, 0)
+    book.check()
+
+
+@pytest.mark.parametrize("state", ["final", "open"])
+@pytest.mark.parametrize("first", ["charged", "released"])
+def test_claims_wait_for_what_is_held_of_another_purchase_of_the_payment(first: str, state: ClaimState) -> None:
+    """Paid 18 + 24, all held, claimed 20: whichever hold ends first, and how, no more than 22 are free."""
+    book = bought(18)
+    book.grant("acme", "usd", 24, reference=PAYMENT)
+    one, other = hold(book, 18), hold(book, 24)
+    book.do(claim(20, state=state))
+    assert book.amounts("acme", "usd") == (42, 42)
+    if first == "charged":
+        book.do(line("acme", ("usd", 18), hold=one))
+        assert book.amounts("acme", "usd") == (24, 24)
+        book.do(ReleaseHold(hold=other, account="acme"))
+        free, left = 4, 24
+    else:
+        book.do(ReleaseHold(hold=other, account="acme"))
+        assert book.available("acme", "usd") == 4
+        book.check()
+        book.do(ReleaseHold(hold=one, account="acme"))
+        free, left = 22, 42
+    wallet = book.wallet("acme", "usd")
+    assert (wallet.available_anywhere(book.now), wallet.owed) == (free, 0)
+    assert (wallet.posted, wallet.frozen) == ((left - 20, 0) if state == "final" else (left, 20))
+    book.check()
+    check_claims(book, [claim(20, state=state)])
 
 
 def test_two_holds_are_waited_for_one_by_one() -> None:
@@ -728,7 +818,7 @@ def test_claims_that_are_void_in_the_end_have_never_been(steps: list[tuple[Any, 
         book.check()
         check_claims(book, facts)
     for account, placed in holds:
-        book.ask(ReleaseHold(hold=placed, account=account))
+        end(book, placed, account)
     for name in {fact.claim for fact in facts}:
         facts.append(claim(0, claim=name, state="void", revision=len(facts)))
         book.do(facts[-1])
@@ -741,6 +831,12 @@ def test_claims_that_are_void_in_the_end_have_never_been(steps: list[tuple[Any, 
     given_and_used = {"lot_granted", "lot_expired", "lot_revived", "lot_voided", "charged", "reversed", "adjusted"}
     moved = sum(entry.posted for entry in book.entries if entry.lot and entry.kind in given_and_used)
     assert sum(book.amounts(account, "usd")[0] for account in ("acme", "acme/ana")) == moved
+
+
+def end(book: Archive, placed: str, account: str) -> None:
+    """Release a hold, or resolve it if it is past its deadline."""
+    if not isinstance(book.ask(ReleaseHold(hold=placed, account=account)), list):
+        book.ask(ResolveHold(hold=placed, account=account))
 
 
 def carry_out(  # noqa: PLR0912 - one case for each step
@@ -770,7 +866,7 @@ def carry_out(  # noqa: PLR0912 - one case for each step
             book.do(uses[-1])
         case ("release",) if holds:
             account, placed = holds.pop(0)
-            book.do(ReleaseHold(hold=placed, account=account))
+            end(book, placed, account)
         case "move", account, amount:
             other = "acme" if account == "acme/ana" else "acme/ana"
             book.ask(Transfer(account=account, to_account=other, unit="usd", amount=amount))

@@ -194,7 +194,8 @@ def test_a_hold_begins_once_and_ends_once() -> None:
         assert core.ask(ReleaseHold(hold=hold, account="acme")) == refusal(hold)
         assert core.ask(ResolveHold(hold=hold, account="acme")) == refusal(hold)
         assert core.ask(ExtendHold(hold=hold, account="acme", lifetime_seconds=60)) == refusal(hold)
-    open_hold = holds["open"]
+    assert core.ask(ReleaseHold(hold=holds["open"], account="acme")) == HoldExpired(holds["open"])
+    open_hold = place(core, "acme", leg("usd", 1))
     assert core.ask(PlaceHold(hold=open_hold, account="acme", legs=())) == HoldExists(open_hold)
     assert core.ask(ReleaseHold(hold=open_hold, account="acme/x")) == AccountDiffers(open_hold, "acme/x")
     assert core.ask(ResolveHold(hold=open_hold, account="acme/x")) == AccountDiffers(open_hold, "acme/x")

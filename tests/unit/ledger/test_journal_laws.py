@@ -9,7 +9,7 @@ import pytest
 from contracts.ids import derived_uuid7
 from services.ledger.domain.chain import details_text
 from services.ledger.domain.commands import LotScope, Scope
-from services.ledger.domain.entries import Charged, HoldExtended, HoldPlaced, LotGranted, WalletOpened
+from services.ledger.domain.entries import Charged, HoldExtended, HoldPlaced, LotGranted, Noted, WalletOpened
 from services.ledger.domain.laws import Breach, Laws, Line, more_than_charged
 from tests.unit.ledger.book import BEGIN, PARTITION
 
@@ -71,28 +71,64 @@ class Journal:
             {"kind": "charged", "unit": unit, "account": contra, "posted": amount},
         )
 
+    def debit(self, *amounts: int, ago: timedelta = timedelta(), scope: Scope | None = USED) -> "Journal":
+        """Taken of a lot, and what is said after that on a debt, by a line that required it."""
+        lots = [{"lot": "lot"}, {"lot": "debt", "lot_kind": "debt"}]
+        moves = [{"kind": "charged", "posted": -amount} | lot for amount, lot in zip(amounts, lots, strict=False)]
+        details = Charged(lines=1, lines_hash="", required=True)
+        self.add(*moves, {"kind": "charged", "account": "@usage", "posted": sum(amounts), "details": details})
+        return self.lines(ago=ago, scope=scope, required=True)
+
+    def taken(self, kind: str, amount: int, *, lot: str, unit: str = "usd", forced: bool = False) -> "Journal":
+        """Taken by hand, or moved elsewhere."""
+        noted = Noted("why", forced=forced)
+        lot_kind = "purchase" if lot == "lot" else lot
+        contra = "@adjustment" if unit == "usd" else "@adjustment/acme"
+        return self.add(
+            {"kind": kind, "unit": unit, "lot": lot, "lot_kind": lot_kind, "posted": -amount, "details": noted},
+            {"kind": kind, "unit": unit, "account": contra, "posted": amount},
+        )
+
     def hold(self, amount: int, *, lot: str = "lot", hold: str = "hold", **more: Any) -> "Journal":
         """Set aside."""
         move = {"kind": "hold_placed", "lot": lot, "hold": hold, "held": amount, "details": PLACED}
         return self.add(move | more)
 
+    def expire(self, amount: int) -> "Journal":
+        """The end of what is unheld of a lot."""
+        return self.add(
+            {"kind": "lot_expired", "lot": "lot", "posted": -amount},
+            {"kind": "lot_expired", "account": "@expired", "posted": amount},
+        )
+
     def end(self, amount: int, *, kind: str = "hold_released", lot: str | None = "lot") -> "Journal":
         """A hold's end."""
         return self.add({"kind": kind, "lot": lot, "hold": "hold", "held": -amount})
 
-    def lines(self, *, ago: timedelta = timedelta(), hold: str | None = None, scope: Scope | None = USED) -> "Journal":
+    def lines(
+        self,
+        *,
+        ago: timedelta = timedelta(),
+        hold: str | None = None,
+        scope: Scope | None = USED,
+        required: bool = False,
+    ) -> "Journal":
         """What was added last was charged by one line."""
         split = [
             [row[4], row[5], row[6], row[7], row[9], row[10]] for row in self.rows if row[3] == "charged" and row[6]
         ]
         text = msgspec.json.encode(split).decode()
         scope_text = msgspec.json.encode(scope).decode()
-        self.laws.check_lines(self.rows, [Line("demo/1", "acme", self.now - ago, hold, scope_text, text)])
+        line = Line("demo/1", "acme", self.now - ago, hold, scope_text, text)
+        self.laws.check_lines(self.rows, [line], required=required)
         return self
 
     @property
     def said(self) -> list[tuple[int, str]]:
         return [(breach.batch, breach.what) for breach in self.laws.breaches]
+
+
+GRANTED_60: Final = {"kind": "lot_granted", "account": "@stripe", "posted": -60}
 
 
 def funded(amount: int = 100, **details: Any) -> Journal:
@@ -130,6 +166,19 @@ LAWFUL: Final = {
     .grant(100, unit="tokens", effective_at=BEGIN, expires_at=BEGIN + 2 * HOUR)
     .charge(5, unit="tokens")
     .lines(ago=2 * HOUR),
+    "a debit of all that is there": funded().debit(100),
+    "a debit of all that is there, and the overdraft": Journal().open(overdraft=40).grant(100).debit(100, 40),
+    "a debit of a soft wallet": Journal().open(policy="soft").grant(100).debit(100, 40),
+    "a debit that revives what has expired": funded(expires_at=BEGIN + 3 * HOUR)
+    .charge(130, lot="debt", lot_kind="debt")
+    .expire(100)
+    .add({"kind": "lot_granted", "lot": "other", "posted": 60, "details": LotGranted(100)}, GRANTED_60)
+    .add(
+        {"kind": "lot_revived", "lot": "lot", "posted": 5}, {"kind": "lot_revived", "account": "@expired", "posted": -5}
+    )
+    .debit(5, ago=5 * HOUR),
+    "what is taken by force": funded().taken("adjusted", 140, lot="debt", forced=True),
+    "what is there is moved": funded().taken("transferred", 100, lot="lot"),
     "what a hold had set aside, after the end": funded(expires_at=BEGIN + 4 * HOUR)
     .hold(40)
     .end(40)
@@ -168,6 +217,29 @@ UNLAWFUL: Final = {
     .end(5)
     .add({"kind": "hold_extended", "hold": "hold", "details": HoldExtended(BEGIN, ())}),
     "takes the hard wallet acme usd to -40": Journal().open().hold(40, lot="debt", lot_kind="debt"),
+    "the debit demo/1 takes the hard wallet acme usd to -10": funded().debit(100, 10),
+    "the debit demo/1 takes the hard wallet acme usd to -1": Journal().open(overdraft=40).grant(100).debit(100, 41),
+    "the debit demo/1 takes the hard wallet acme usd to -20": funded()
+    .charge(30, lot="debt", lot_kind="debt")
+    .debit(90),
+    "the debit demo/1 takes the hard wallet acme usd to -5": funded(scope=LotScope(providers=("other",))).debit(0, 5),
+    "takes the hard wallet acme tokens to -7": Journal()
+    .open(unit="tokens")
+    .grant(9, unit="tokens")
+    .hold(7, unit="tokens", lot="overage", lot_kind="overage"),
+    "it takes the hard wallet acme tokens to -7": Journal()
+    .open(unit="tokens")
+    .grant(9, unit="tokens")
+    .taken("adjusted", 7, lot="overage", unit="tokens"),
+    "the debit demo/1 takes the hard wallet acme tokens to -7": Journal()
+    .open(unit="tokens")
+    .grant(9, unit="tokens")
+    .charge(7, unit="tokens", lot="overage", lot_kind="overage")
+    .lines(required=True),
+    "it takes the hard wallet acme usd to -40": funded(60).taken("adjusted", 100, lot="debt"),
+    "it takes the hard wallet acme usd to -30": funded()
+    .charge(30, lot="debt", lot_kind="debt")
+    .taken("transferred", 100, lot="lot"),
     "sets aside of lot lot, which is valid at another time": funded(expires_at=BEGIN + HOUR).hold(1),
     "sets aside of lot lot, which is valid at another time ": funded(effective_at=BEGIN + DAY).hold(1),
     "sets aside of lot lot, which is for another use": funded(scope=LotScope(providers=("other",))).hold(1),

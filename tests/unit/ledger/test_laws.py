@@ -61,6 +61,7 @@ class Laws(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.world.check_everything()
+        self.world.check_audit()
         previous = GENESIS
         for recorded in self.world.book.journal:
             previous = entry_hash(previous, partition=PARTITION, entry=recorded.entry, details=recorded.details)

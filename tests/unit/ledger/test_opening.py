@@ -2,9 +2,12 @@
 
 import pytest
 
+from contracts import ledger as words
 from services.ledger.domain.commands import OpenAccount, Policy, SetWallet, Threshold, WalletTerms
 from services.ledger.domain.entries import WalletOpened
 from services.ledger.domain.errors import AccountNotOpen, InvalidTerms, UnknownUnit, WalletNotOpen, WalletPolicyDiffers
+from services.ledger.domain.opening import THRESHOLDS_MAX
+from services.ledger.domain.rules import EVERY_MAX
 from tests.unit.ledger.test_due import ACCOUNT, Clockwork
 
 
@@ -18,7 +21,7 @@ SENSELESS = [
     WalletTerms("usd", policy="soft", overdraft=1),
     WalletTerms("usd", policy="unlimited", overdraft=1),
     WalletTerms("tokens", overdraft=1),
-    WalletTerms("usd", thresholds=amounts(*range(1, 12))),
+    WalletTerms("usd", thresholds=amounts(*range(THRESHOLDS_MAX + 1))),
     WalletTerms("usd", thresholds=amounts(5, 5)),
     WalletTerms("usd", thresholds=(Threshold(),)),
     WalletTerms("usd", thresholds=(Threshold(amount=1, percent=1),)),
@@ -44,7 +47,7 @@ def test_terms_that_make_no_sense_are_refused_and_change_nothing(terms: WalletTe
         WalletTerms("usd", overdraft=10**18),
         WalletTerms("tokens", policy="soft", thresholds=amounts(0, 1)),
         WalletTerms("usd", policy="unlimited", thresholds=(*amounts(1), Threshold(percent=1), Threshold(percent=100))),
-        WalletTerms("usd", thresholds=amounts(*range(10))),
+        WalletTerms("usd", thresholds=amounts(*range(THRESHOLDS_MAX))),
     ],
 )
 def test_a_wallet_is_opened_with_its_terms_and_can_be_given_them_later(terms: WalletTerms) -> None:
@@ -107,3 +110,9 @@ def test_terms_are_of_an_open_wallet_of_a_known_unit() -> None:
     assert clockwork.ask(SetWallet(account=ACCOUNT, terms=WalletTerms("points"))) == WalletNotOpen(ACCOUNT, "points")
     assert clockwork.ask(SetWallet(account="other", terms=WalletTerms("usd"))) == AccountNotOpen("other")
     assert clockwork.ask(OpenAccount(account="other", wallets=(WalletTerms("eur"),))) == UnknownUnit("eur")
+
+
+def test_what_a_command_may_ask_for_makes_sense() -> None:
+    """The bounds of the contract are those of the core."""
+    assert words.THRESHOLDS_MAX == THRESHOLDS_MAX
+    assert words.RuleSpec.model_json_schema()["properties"]["every"]["maximum"] == EVERY_MAX

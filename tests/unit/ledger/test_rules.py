@@ -20,7 +20,7 @@ from services.ledger.domain.errors import (
     WalletNotOpen,
 )
 from services.ledger.domain.periods import boundary
-from services.ledger.domain.rules import CATCH_UP_MAX, RULES_MAX
+from services.ledger.domain.rules import CATCH_UP_MAX, EVERY_MAX, RULES_MAX
 from tests.unit.ledger.test_due import (
     ACCOUNT,
     BEGIN,
@@ -53,7 +53,7 @@ def plan(name: str, *rules: Rule, later: bool = False) -> ChangePlan:
         {"zone": "Europe/Bonn"},
         {"zone": "localtime"},
         {"every": 0},
-        {"every": 121},
+        {"every": EVERY_MAX + 1},
         {"rollover_min": 2, "rollover_max": 1},
         {"rollover_min": -1},
         {"rollover_max": 10**18 + 1},
@@ -85,7 +85,8 @@ def test_a_rule_that_makes_no_sense_is_refused_and_changes_nothing(terms: dict[s
 @pytest.mark.parametrize(
     "terms",
     [
-        {"zone": "America/New_York", "every": 120, "period": "day"},
+        {"zone": "America/New_York", "every": EVERY_MAX, "period": "day"},
+        {"every": EVERY_MAX, "period": "year"},
         {"rollover_min": 3, "rollover_max": 10**18},
         {"amount": 10**18},
         {"first_period": 4, "end_period": 5},

@@ -192,9 +192,15 @@ class World:
         loose: set[Key] = set()
         net: Counter[Key] = Counter()
         for command, outcome, accounts in zip(commands, outcomes, concerned, strict=False):
-            saved = model.catch_up([account for account in accounts if account in model.accounts], now)
+            late = model.late(commands if step.way == "bundle" else [command], now)
+            untouched = model.copy() if late and step.way != "bundle" else None
+            saved = self.catch_up(command, accounts, now, late)
+            due = (model.loose, model.net)
             must, may = model.refusals(command, now)
-            is_certain = not any(root(key[0]) == root(command.account) for key in loose)
+            is_certain = not any(root(key[0]) == root(command.account) for key in loose | due[0])
+            if isinstance(outcome, list) or step.way == "bundle":
+                loose |= due[0]
+                net.update(due[1])
             if isinstance(outcome, list):
                 require(not must or not is_certain, "it should be refused", sorted(must), command)
                 unchanged = is_repeated(command, self.book, outcome)
@@ -212,12 +218,25 @@ class World:
                 if is_certain:
                     require(outcome.code in must | may, "it should not be refused so", outcome, sorted(must), command)
                     self.check_numbers(outcome, command, now)
-                if step.way != "bundle":
+                if untouched is not None:
+                    model = self.model = untouched
+                elif step.way != "bundle":
                     model.wallets.update(saved)
         model.loose, model.net = loose, dict(net)
         if step.way == "together":
             return len(outcomes) == len(commands) and isinstance(outcomes[-1], list)
         return step.way == "bundle" or any(isinstance(outcome, list) for outcome in outcomes)
+
+    def catch_up(
+        self, command: Command, accounts: Iterable[str], now: datetime, late: Sequence[str]
+    ) -> dict[Key, Plain]:
+        """Let the model do what is due before a command, and let holds end; of one that it resolves, all before."""
+        model = self.model
+        model.loose, model.net = set(), {}
+        known = [account for account in accounts if account in model.accounts]
+        if isinstance(command, ResolveHold):
+            return model.catch_up(known, model.holds[late[0]]["deadline"] if late else now)
+        return model.catch_up(known, now, late=late)
 
     def learn_split(self, line: ChargeLine, moves: Sequence[Move]) -> None:
         split: dict[tuple[str, str, str], int] = {}
@@ -532,6 +551,7 @@ class World:
         taken: defaultdict[tuple[str, str], Counter[Key]] = defaultdict(Counter)
         frozen: defaultdict[tuple[str, str], Counter[Key]] = defaultdict(Counter)
         left: defaultdict[tuple[str, str], int] = defaultdict(int)
+        wallets: defaultdict[tuple[str, str], set[Key]] = defaultdict(set)
         for row in self.book.tables["lots"].values():
             reference, kind = row[_LOT["reference"]], row[_LOT["kind"]]
             if reference not in PAYMENTS or kind not in {"purchase", "bonus"}:
@@ -542,13 +562,12 @@ class World:
             frozen[of][each] += row[_LOT["frozen"]] + row[_LOT["pending_frozen"]]
             if kind == "purchase":
                 lot = lot_of(row)
+                wallets[of].add((lot.account, lot.unit))
                 is_over = lot.expires_at is not None and lot.expires_at <= self.book.head.recorded_at
                 left[of] += 0 if is_over else lot.available
         wanted: defaultdict[tuple[str, str], Counter[Key]] = defaultdict(Counter)
         to_freeze: defaultdict[tuple[str, str], Counter[Key]] = defaultdict(Counter)
-        purchases: Counter[tuple[str, str]] = Counter()
         for (name, account), payment in self.model.payments.items():
-            purchases[name, root(account)] += sum(kind == "purchase" for kind, _, _ in payment["granted"])
             clawed, still = self.model.wanted(payment)
             wanted[name, root(account)].update(clawed)
             to_freeze[name, root(account)].update(still)
@@ -558,8 +577,8 @@ class World:
                 for each, amount in frozen[of].items():
                     most = to_freeze[of][each]
                     require(0 <= amount <= most, "open claims freeze what they are about", of, amount, most)
-                    # Of several purchases each is frozen for itself, the first first.
-                    is_one = purchases[of] == 1
+                    # What holds of one account no longer hold is not frozen of another's at once.
+                    is_one = len(wallets[of]) == 1
                     require(amount == most or not (is_one and left[of]), "open claims freeze what is left", of, most)
 
     def check_plan(self, commands: Sequence[Command]) -> None:
@@ -584,6 +603,11 @@ class World:
                 require(
                     wallet.policy != "hard" or there >= 0, "no hold takes a hard wallet below its floor", key, there
                 )
+
+    def check_audit(self) -> None:
+        """What an audit looks at holds at every prefix of the journal."""
+        breaches = self.book.breaches()
+        require(not breaches, "an audit finds nothing", breaches[:3])
 
     def check_everything(self) -> None:
         """What is dear to look at: every wallet and lot, and the tables against a replay of the journal."""
@@ -1123,6 +1147,7 @@ def play(seed: int, episode: int, steps: int, counts: Counter[str]) -> World:
         while len(world.script) < steps:
             world.do(chances.step())
         world.check_everything()
+        world.check_audit()
     except Exception as error:
         why = error
     else:
@@ -1160,6 +1185,7 @@ def fails_alike(script: Iterable[Step], why: BaseException, world: World) -> boo
         for step in script:
             world.do(step)
         world.check_everything()
+        world.check_audit()
     except Exception as error:
         return type(error) is type(why) and str(error).split(":")[0] == str(why).split(":")[0]
     return False
