@@ -1,13 +1,18 @@
-"""Usage events as CloudEvents 1.0 (structured JSON): reading, checking, and the hash that tells two bodies apart."""
+"""Usage events as CloudEvents 1.0, structured or binary: reading, checking, the hash that tells two bodies apart."""
 
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
+from functools import lru_cache
 from hashlib import sha256
 from typing import Annotated, Any, Final, Literal
+from urllib.parse import unquote
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from contracts.accounts import AccountId
+from contracts.accounts import ACCOUNT_LENGTH_MAX, check_account
 from contracts.times import Time
 from contracts.usage import MODEL_USED, ModelUsed
 
@@ -15,12 +20,27 @@ EVENT_BYTES_MAX: Final = 64 << 10
 PROBLEMS_MAX: Final = 100
 NAME_SHOWN_MAX: Final = 64
 
+# Of a subject that is no account id.
+SUBJECT_LENGTH_MAX: Final = 256
+# Of the data of other types than ours: how deep, how many members of objects in all, how long a number is.
+DATA_DEPTH_MAX: Final = 8
+DATA_MEMBERS_MAX: Final = 256
+NUMBER_DIGITS_MAX: Final = 64
+_NUMBER_BEYOND: Final[int] = 10**NUMBER_DIGITS_MAX
+
+JSON_TYPE: Final = "application/json"
+# The prefix of attributes in binary mode.
+BINARY_PREFIX: Final = "ce-"
+
 # The extension attribute by which ingest says that it filled in `time` for the producer.
 SERVER_FILLED: Final = "scripfilled"
 # The extension attribute, and the field, that says of which trace something is a step (W3C Trace Context).
 TRACEPARENT: Final = "traceparent"
-# The path an event took says nothing about what happened: a retry may travel under another trace.
-_NOT_CONTENT: Final = frozenset({SERVER_FILLED, TRACEPARENT, "tracestate"})
+# The path an event took says nothing about what happened: a retry may travel under another trace, or in another mode.
+# What `datacontenttype` says is known: it can only say one thing, and binary mode always does.
+_NOT_CONTENT: Final = frozenset({SERVER_FILLED, TRACEPARENT, "tracestate", "datacontenttype"})
+# Event types with this prefix are ours: one that is not known is a mistake.
+_OURS: Final = "scrip."
 
 # Where a value may be of several types, pydantic reports one error for each and adds the type to the place.
 _ALTERNATIVES: Final = frozenset({"constrained-str", "constrained-int", "bool"})
@@ -32,6 +52,47 @@ SourceName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$", example
 # Not checked further: a malformed one counts as none, and must not cost what it came with.
 Traceparent = Annotated[
     str, Field(max_length=256, examples=["00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"])
+]
+# Any other than ours.
+EventType = Annotated[
+    str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f]+$", examples=["api-calls", "com.example.rendered"])
+]
+
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+@lru_cache(maxsize=65_536)
+def is_account(subject: str) -> bool:
+    """Whether a subject is an account id as it stands. Any other one needs an alias to be charged."""
+    try:
+        check_account(subject)
+    except ValueError:
+        return False
+    return True
+
+
+def check_subject(subject: str) -> str:
+    """Return `subject` unchanged if it can be one; ValueError says what is wrong otherwise."""
+    if is_account(subject):
+        return subject
+    if len(subject) > SUBJECT_LENGTH_MAX:
+        raise ValueError(
+            f"a subject that is no account id has at most {SUBJECT_LENGTH_MAX} characters, this one has {len(subject)}"
+        )
+    if _CONTROL.search(subject) is not None:
+        raise ValueError("a subject has no control characters")
+    return subject
+
+
+Subject = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=ACCOUNT_LENGTH_MAX,
+        description="The account id, or what the publisher calls the account: a text that an alias maps to it.",
+        examples=["acme/ml/ana/key_7f3"],
+    ),
+    AfterValidator(check_subject),
 ]
 # Postgres has no text with a NUL in it.
 _TEXT = r"^[^\x00]*$"
@@ -56,39 +117,55 @@ class InvalidEvent(ValueError):
         self.problems = problems
 
 
-class UsageEvent(BaseModel):
-    """One use of one resource by one account: a CloudEvent whose subject is the account id.
-
-    `source` is the publishing service, its authenticated principal. (partition, source, id) is unique for ever.
-    Extension attributes are allowed as CloudEvents has them: lower-case names; strings, integers, booleans.
-    """
-
+class _Event(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="allow")
     __pydantic_extra__: dict[Annotated[str, Field(pattern=r"^[a-z0-9]{1,20}$")], ExtensionValue | None]
 
     specversion: Literal["1.0"]
     id: EventId
     source: SourceName
-    type: Literal["scrip.model.used.v1"]
-    subject: AccountId
+    subject: Subject
     time: Time | None = None
     datacontenttype: Literal["application/json"] | None = None
     dataschema: Annotated[str, Field(max_length=1024, pattern=_TEXT)] | None = None
+
+
+class UsageEvent(_Event):
+    """One use of one model by one account: a CloudEvent whose subject is the account id, or an alias of it.
+
+    `source` is the publishing service, its authenticated principal. (partition, source, id) is unique for ever.
+    Extension attributes are allowed as CloudEvents has them: lower-case names; strings, integers, booleans.
+    """
+
+    type: Literal["scrip.model.used.v1"]
     data: ModelUsed
 
 
-def read_usage_event(body: bytes) -> tuple[UsageEvent, bytes]:
+class OtherEvent(_Event):
+    """A use of anything else: a CloudEvent of the publisher's own type, whose data is any JSON object within bounds.
+
+    What it costs and how it is counted is said by prices and meters of its type.
+    """
+
+    type: EventType
+    data: dict[str, Any] | None = None
+
+
+# Numbers are kept as they were written: 0.1 is a tenth, and what a producer sent is what is hashed.
+_DECODER: Final = msgspec.json.Decoder(float_hook=Decimal)
+_ENCODER: Final = msgspec.json.Encoder(order="sorted", decimal_format="number")
+
+
+def read_usage_event(body: bytes, *, bytes_max: int = EVENT_BYTES_MAX) -> tuple[UsageEvent | OtherEvent, bytes]:
     """The event that a body holds, and its body hash. Raises InvalidEvent with every problem."""
-    if len(body) > EVENT_BYTES_MAX:
-        raise InvalidEvent((Problem("", f"an event has at most {EVENT_BYTES_MAX} bytes, this one has {len(body)}"),))
-    try:
-        raw = msgspec.json.decode(body)
-    except RecursionError:
-        raise InvalidEvent((Problem("", "not an event: nested too deeply"),)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidEvent((Problem("", f"not JSON: {error}"),)) from error
+    if len(body) > bytes_max:
+        raise InvalidEvent((Problem("", f"an event has at most {bytes_max} bytes, this one has {len(body)}"),))
+    raw = _decoded(body)
     if not isinstance(raw, dict):
         raise InvalidEvent((Problem("", "an event is a JSON object"),))
+    kind = raw.get("type")
+    if isinstance(kind, str) and not kind.startswith(_OURS):
+        return _other_event(body, raw), body_hash(raw)
     try:
         event = UsageEvent.model_validate_json(body)
     except ValidationError as error:
@@ -100,7 +177,124 @@ def body_hash(raw: dict[str, Any]) -> bytes:
     """SHA-256 of what the producer sent in canonical form: sorted keys, no white space, nothing ingest filled in."""
     left_out = _NOT_CONTENT | {"time"} if raw.get(SERVER_FILLED) == "time" else _NOT_CONTENT
     content = raw if left_out.isdisjoint(raw) else {each: value for each, value in raw.items() if each not in left_out}
-    return sha256(msgspec.json.encode(content, order="sorted")).digest()
+    return sha256(_ENCODER.encode(content)).digest()
+
+
+def binary_attributes(headers: Collection[tuple[str, str]]) -> dict[str, str] | None:
+    """The attributes that headers of an event in binary mode say; None if it is not in binary mode.
+
+    As the HTTP binding has it, percent-encoded; NATS likewise. Raises InvalidEvent.
+    """
+    said = [(name[3:].lower(), value) for name, value in headers if name[:3].lower() == BINARY_PREFIX]
+    if not said:
+        return None
+    content_type = next((value for name, value in headers if name.lower() == "content-type"), None)
+    if content_type is not None and content_type.lower().startswith("application/cloudevents"):
+        return None
+    attributes: dict[str, str] = {}
+    problems = []
+    for name, value in said:
+        if name in attributes or name == "data":
+            message = "this attribute is given twice" if name in attributes else "data is the body, not an attribute"
+            problems.append(Problem(_readable(name), message))
+        try:
+            attributes[name] = _unescaped(value)
+        except UnicodeDecodeError:
+            problems.append(Problem(_readable(name), "not percent-encoded UTF-8"))
+    if problems:
+        raise InvalidEvent(tuple(problems))
+    if content_type is not None:
+        attributes.setdefault("datacontenttype", content_type)
+    return attributes
+
+
+def structured(attributes: Mapping[str, str], data: bytes) -> bytes:
+    """An event of binary mode in structured form, its data as sent: the same content, and the same body hash.
+
+    Raises InvalidEvent if the data is not JSON.
+    """
+    said = dict(attributes)
+    if said.get("datacontenttype", "").partition(";")[0].strip().lower() == JSON_TYPE:
+        del said["datacontenttype"]
+    encoded = _ENCODER.encode(said)
+    if not data.strip():
+        return encoded
+    try:
+        # Read on its own: pasted in unread, it could end and say attributes.
+        _decoded(data)
+    except InvalidEvent as error:
+        raise InvalidEvent(tuple(Problem("data", problem.message) for problem in error.problems)) from error
+    return encoded[:-1] + (b"," if said else b"") + b'"data":' + data + b"}"
+
+
+def _decoded(body: bytes) -> Any:
+    try:
+        return _DECODER.decode(body)
+    except RecursionError:
+        raise InvalidEvent((Problem("", "not an event: nested too deeply"),)) from None
+    except ArithmeticError:
+        raise InvalidEvent((Problem("", "not an event: a number is beyond all bounds"),)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidEvent((Problem("", f"not JSON: {error}"),)) from error
+
+
+def _unescaped(value: str) -> str:
+    if len(value) > 1 and value[0] == value[-1] == '"':
+        value = re.sub(r"\\(.)", r"\1", value[1:-1])
+    return unquote(value, errors="strict")
+
+
+def _other_event(body: bytes, raw: dict[str, Any]) -> OtherEvent:
+    data = raw.get("data")
+    bounds = tuple(_Bounds().problems(data)) if isinstance(data, dict) else ()
+    try:
+        event = OtherEvent.model_validate_json(body)
+    except ValidationError as error:
+        raise InvalidEvent((*_problems(error), *bounds)) from error
+    if bounds:
+        raise InvalidEvent(bounds)
+    return event
+
+
+class _Bounds:
+    """Whether data is within what can be stored and looked through. Each bound is named once."""
+
+    def __init__(self) -> None:
+        self._members = 0
+
+    def problems(self, data: dict[str, Any]) -> Iterator[Problem]:
+        """What is out of bounds."""
+        named = set()
+        for place, message in self._beyond(data, "data", 1):
+            if message not in named:
+                named.add(message)
+                yield Problem(place, message)
+        if self._members > DATA_MEMBERS_MAX:
+            yield Problem("data", f"data has at most {DATA_MEMBERS_MAX} members in all, this one has {self._members}")
+
+    def _beyond(self, value: Any, place: str, depth: int) -> Iterator[tuple[str, str]]:
+        if isinstance(value, dict | list) and depth > DATA_DEPTH_MAX:
+            yield place, f"data is nested at most {DATA_DEPTH_MAX} deep"
+        elif isinstance(value, dict):
+            self._members += len(value)
+            for name, member in value.items():
+                if "\x00" in name:
+                    yield place, "the name of a member has a NUL"
+                yield from self._beyond(member, f"{place}.{_readable(name)}", depth + 1)
+        elif isinstance(value, list):
+            for number, item in enumerate(value):
+                yield from self._beyond(item, f"{place}.{number}", depth + 1)
+        elif isinstance(value, str) and "\x00" in value:
+            yield place, "a text has a NUL"
+        elif isinstance(value, int | Decimal) and not _is_short(value):
+            yield place, f"a number has at most {NUMBER_DIGITS_MAX} digits before and after its point"
+
+
+def _is_short(number: int | Decimal) -> bool:
+    if isinstance(number, int):
+        return -_NUMBER_BEYOND < number < _NUMBER_BEYOND
+    exponent = number.as_tuple().exponent
+    return isinstance(exponent, int) and exponent >= -NUMBER_DIGITS_MAX and number.adjusted() < NUMBER_DIGITS_MAX
 
 
 def _problems(error: ValidationError) -> tuple[Problem, ...]:
@@ -130,5 +324,5 @@ def _readable(name: str) -> str:
 
 def _message(loc: tuple[int | str, ...], kind: str, message: str) -> str:
     if loc == ("type",) and kind == "literal_error":
-        return f"unknown event type: known is {MODEL_USED}"
+        return f"unknown event type: of {_OURS}* known is {MODEL_USED}"
     return message.removeprefix("Value error, ")

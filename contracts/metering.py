@@ -17,8 +17,13 @@ LINES_MAX = 1_000
 REVISION_MAX = 2**31 - 1
 
 
+# Of a use that is no call of a model the type of its event stands in place of the model, white space as `_`, cut off.
+OTHER_PROVIDER: Final = "event"
+MODEL_LENGTH_MAX: Final = 128
+
+
 class Scope(BaseModel):
-    """What was used, for lots that are valid only there."""
+    """What was used, for lots that are valid only there. Of a use that is no call of a model `provider` is `event`."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 

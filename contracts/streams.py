@@ -152,6 +152,11 @@ def usage_subject(*, partition: int, source: str) -> str:
     return f"usage.v1.{token(partition)}.{source}"
 
 
+# The last token of the subjects on which metering sends on what came elsewhere: no source has that name, and the server
+# lets nobody else publish there.
+FORWARDED: Final = "metering"
+
+
 def charges_rated_subject(partition: int) -> str:
     """Where metering publishes a bundle of rated charges."""
     return f"metering.v1.{token(partition)}.charges.rated"

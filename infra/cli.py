@@ -7,12 +7,12 @@ from typing import Final
 import typer
 from rich.console import Console
 
-from infra.commands import dead_letters, demo, evidence, keyring, ledger, prices, stack, story
+from infra.commands import dead_letters, demo, evidence, keyring, ledger, meters, prices, stack, story
 from infra.errors import StackError
 
 DEBUG_VARIABLE: Final = "SCRIP_DEBUG"
 
-COMMANDS: Final = (stack, demo, story, ledger, evidence, dead_letters, prices, keyring)
+COMMANDS: Final = (stack, demo, story, ledger, evidence, dead_letters, prices, meters, keyring)
 
 app = typer.Typer(
     name="scrip",

@@ -1,6 +1,6 @@
 """The HTTP API of a service that runs, as its operator. What goes wrong becomes a sentence."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, Self
 
@@ -14,7 +14,7 @@ from infra.servers import LOOPBACK
 TIMEOUT_SECONDS: Final = 30.0
 
 Json = dict[str, Any]
-Query = Mapping[str, str | int | bool]
+Query = Mapping[str, str | int | bool | Sequence[str]]
 
 
 class NotFound(StackError):

@@ -19,6 +19,8 @@ STRIPE_KEY_VARIABLE: Final = "SCRIP_STRIPE_API_KEY"
 # A private key in PEM form, instead of the file that is made at the first start.
 SIGNING_KEY_VARIABLE: Final = "SCRIP_LEDGER_SIGNING_KEY"
 
+USAGE_AGE_VARIABLE: Final = "SCRIP_METERING_AGE_DAYS_MAX"
+
 OPENAI_URL: Final = "https://api.openai.com/v1"
 
 # Accepted by the simulators, and by nobody else.
@@ -82,6 +84,11 @@ def _ledger(around: Surroundings) -> dict[str, str]:
     return {"SCRIP_LEDGER_SIGNING_KEY_FILE": str(around.layout.ledger_signing_key_file)}
 
 
+def _metering(_: Surroundings) -> dict[str, str]:
+    # The demo sends what it sent first for ever, at the times of its first run: on this machine that is never too old.
+    return {USAGE_AGE_VARIABLE: os.environ.get(USAGE_AGE_VARIABLE) or "36500"}
+
+
 def _keyvault(around: Surroundings) -> dict[str, str]:
     return {"SCRIP_KEYRING_FILE": str(around.layout.keyring_file)}
 
@@ -139,7 +146,7 @@ STRIPE: Final = Service(
 # In the order in which they are started.
 SERVICES: Final = (
     Service(name="ledger", module="services.ledger.app", told=_ledger),
-    Service(name="metering", module="services.metering.app"),
+    Service(name="metering", module="services.metering.app", told=_metering),
     Service(name=KEYVAULT, module="services.keyvault.app", told=_keyvault),
     Service(name="billing", module="services.billing.app", told=_billing),
     Service(

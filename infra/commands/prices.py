@@ -1,9 +1,10 @@
 """`scrip prices`: see the price book, and import into it what the installed genai-prices package knows. Works offline.
 
-What the price book cannot express is named. A model whose plain tokens it cannot price exactly is left out: use of it
-waits for a price, rather than being charged a wrong one.
+What the price book cannot express is named. A model whose tokens it cannot price exactly is left out: use of it waits
+for a price, rather than being charged a wrong one.
 """
 
+import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -17,14 +18,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from contracts.pricing import PRICE_DECIMALS_MAX, PRICE_MAX
+from contracts.pricing import PRICE_DECIMALS_MAX, PRICE_MAX, STANDARD_TIERS
 from contracts.times import Time
 from contracts.usage import ModelName, ProviderName
 from infra.errors import StackError
 from infra.service_api import Json, ServiceApi
 
 if TYPE_CHECKING:
-    from genai_prices.types import ModelInfo, ModelPrice
+    from genai_prices.types import ModelInfo, ModelPrice, PriceVariant
 
 PACKAGE: Final = "genai-prices"
 # By then every process of metering and every gateway knows the new version, so that none prices with the old one.
@@ -34,15 +35,42 @@ NAMES_SHOWN_MAX: Final = 8
 
 Model = tuple[str, str]
 
-# Names in genai-prices, and what they are called here when the book cannot express them.
-_INPUT, _OUTPUT, _REQUESTS = "input_mtok", "output_mtok", "requests_kcount"
-_NAMED: Final = {"cache_read_mtok": "cached_input", "cache_write_mtok": "cache_writes"}
-# Part of the output of any call: the plain price of output would be a wrong one.
-_OF_ALL_OUTPUT: Final = ("output_reasoning_mtok", "output_citation_mtok")
+# What genai-prices has prices of, in its order, and what the book calls that.
+_QUANTITIES: Final[Mapping[str, tuple[str, int]]] = {
+    "input_mtok": ("input_tokens", MILLION),
+    "output_mtok": ("output_tokens", MILLION),
+    "cache_read_mtok": ("cached_input_tokens", MILLION),
+    "cache_write_mtok": ("cache_write_tokens", MILLION),
+    "cache_write_1h_mtok": ("cache_write_1h_tokens", MILLION),
+    "input_audio_mtok": ("input_audio_tokens", MILLION),
+    "input_image_mtok": ("input_image_tokens", MILLION),
+    "input_video_mtok": ("input_video_tokens", MILLION),
+    "cache_audio_read_mtok": ("cached_audio_tokens", MILLION),
+    "cache_image_read_mtok": ("cached_image_tokens", MILLION),
+    "output_reasoning_mtok": ("reasoning_tokens", MILLION),
+    "output_citation_mtok": ("citation_tokens", MILLION),
+    "output_audio_mtok": ("output_audio_tokens", MILLION),
+    "output_image_mtok": ("output_image_tokens", MILLION),
+    "output_video_mtok": ("output_video_tokens", MILLION),
+    "input_mchars": ("characters", MILLION),
+    "input_text_messages_kcount": ("messages", 1_000),
+    "input_document_kpages": ("pages", 1_000),
+    "input_annotated_document_kpages": ("annotated_pages", 1_000),
+    "web_searches_kcount": ("tool_calls.web_search", 1_000),
+    "social_searches_kcount": ("tool_calls.social_search", 1_000),
+    "storage_searches_kcount": ("tool_calls.storage_search", 1_000),
+    "code_executions_kcount": ("tool_calls.code_execution", 1_000),
+    "rerank_searches_kcount": ("tool_calls.rerank_search", 1_000),
+    "requests_kcount": ("calls", 1_000),
+}
+# Prices by the hour: of a second they have no exact one. They stand beside the tokens, and use that has any waits.
+_BY_THE_HOUR: Final = frozenset({"audio_hours", "input_audio_hours"})
+# Under what genai-prices says of a call which service tier it is.
+_TIER_KEYS: Final = frozenset({"service_tier", "speed", "processing"})
 _TIME: Final[TypeAdapter[datetime]] = TypeAdapter(Time)
 _NAME: Final[TypeAdapter[tuple[str, str]]] = TypeAdapter(tuple[ProviderName, ModelName])
 
-prices = typer.Typer(name="prices", help="The price book: list, show, import.", no_args_is_help=True)
+prices = typer.Typer(name="prices", help="The price book: list, show, import; receipts.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -87,18 +115,55 @@ def _read_model(known: Known, *, provider: str, model: "ModelInfo", at: datetime
     if why := _why_left_out(provider, model, said):
         known.left_out.setdefault(why, []).append(name)
         return
-    per = {_INPUT: ("input_tokens", MILLION), _OUTPUT: ("output_tokens", MILLION), _REQUESTS: ("calls", 1_000)}
-    known.rates[provider, model.id] = [
-        {"quantity": quantity, "unit": "usd", "price": f"{price:f}", "per": count}
-        for key, (quantity, count) in per.items()
-        if (price := vars(said).get(key)) is not None
-    ]
+    rates = list(_rates(said, service_tier=None))
+    for service_tier, variants in _tiers(model, at).items():
+        # One that says nothing says that calls at the tier cost the same.
+        of_tier = [each for variant in variants for each in _rates(variant, service_tier=service_tier)]
+        rates += of_tier or list(_rates(said, service_tier=service_tier))
+    # Of two variants for one call the first one counts.
+    first: dict[tuple[str, str | None], Json] = {}
+    for each in rates:
+        first.setdefault((each["quantity"], each.get("service_tier")), each)
+    known.rates[provider, model.id] = list(first.values())
     for what in _not_expressible(model, said, at=at):
         known.not_expressible.setdefault(what, []).append(name)
 
 
+def _rates(said: "ModelPrice", *, service_tier: str | None) -> Iterable[Json]:
+    """The rates that prices are, as the book has them."""
+    from genai_prices.types import TieredPrices  # noqa: PLC0415 - a third of a second, for this command alone
+
+    for key, (quantity, per) in _QUANTITIES.items():
+        price = vars(said).get(key)
+        if price is None:
+            continue
+        rate: Json = {"quantity": quantity, "unit": "usd", "per": per}
+        if isinstance(price, TieredPrices):
+            rate["price"] = f"{price.base:f}"
+            rate["above"] = [{"tokens": tier.start, "price": f"{tier.price:f}"} for tier in price.tiers]
+        else:
+            rate["price"] = f"{price:f}"
+        yield rate if service_tier is None else {**rate, "service_tier": service_tier}
+
+
+def _tiers(model: "ModelInfo", at: datetime) -> dict[str, list["ModelPrice"]]:
+    """The prices of service tiers, at a time."""
+    found: dict[str, list[ModelPrice]] = {}
+    for variant in model.price_variants or ():
+        tier = _tier_of(variant)
+        if tier is not None and (variant.constraint is None or variant.constraint.active(at)):
+            found.setdefault(tier, []).append(variant.prices)
+    return {tier: prices for tier, prices in found.items() if tier not in STANDARD_TIERS}
+
+
+def _tier_of(variant: "PriceVariant") -> str | None:
+    """The service tier that a variant is for; None if it depends on something else."""
+    ((key, value), *others) = variant.when.items()
+    return value if key in _TIER_KEYS and not others else None
+
+
 def _why_left_out(provider: str, model: "ModelInfo", said: "ModelPrice") -> str | None:
-    """Why the book cannot price a plain call of the model exactly; None if it can."""
+    """Why the book cannot price calls of the model exactly; None if it can."""
     from genai_prices.types import TieredPrices, TimeOfDateConstraint  # noqa: PLC0415 - as above
 
     try:
@@ -109,17 +174,21 @@ def _why_left_out(provider: str, model: "ModelInfo", said: "ModelPrice") -> str 
         isinstance(each.constraint, TimeOfDateConstraint) for each in model.prices
     ):
         return "prices by time of day"
-    values = vars(said)
-    plain = [values.get(key) for key in (_INPUT, _OUTPUT, _REQUESTS)]
-    reasons = {
-        "tiers: prices by the length of the input": any(isinstance(value, TieredPrices) for value in plain),
-        "no price of input or of output tokens": None in plain[:2],
-        "another price for a part of the output": any(values.get(key) is not None for key in _OF_ALL_OUTPUT),
-        f"a price with more than {PRICE_DECIMALS_MAX} decimals, or out of bounds": not all(
-            _is_exact(value) for value in plain if isinstance(value, Decimal)
-        ),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    values = {key: value for key, value in vars(said).items() if value is not None and not key.startswith("_")}
+    if unknown := sorted(values.keys() - _QUANTITIES.keys() - _BY_THE_HOUR):
+        return f"a price of {', '.join(unknown)}, which usage events do not tell apart"
+    if not values.keys() & _QUANTITIES.keys():
+        return "prices by the hour alone" if values else "no price at all"
+    plain = [
+        price
+        for value in values.values()
+        for price in (
+            (value.base, *(tier.price for tier in value.tiers)) if isinstance(value, TieredPrices) else (value,)
+        )
+    ]
+    if not all(_is_exact(value) for value in plain if isinstance(value, Decimal)):
+        return f"a price with more than {PRICE_DECIMALS_MAX} decimals, or out of bounds"
+    return None
 
 
 def _is_exact(price: Decimal) -> bool:
@@ -128,12 +197,11 @@ def _is_exact(price: Decimal) -> bool:
 
 
 def _not_expressible(model: "ModelInfo", said: "ModelPrice", *, at: datetime) -> Iterable[str]:
-    """What else the model has prices of: usage events do not carry it, and it is charged as plain tokens, or not."""
-    for key, value in vars(said).items():
-        if value is not None and key not in {_INPUT, _OUTPUT, _REQUESTS} and not key.startswith("_"):
-            yield _NAMED.get(key, key.removesuffix("_mtok").removesuffix("_kcount"))
-    if model.price_variants:
-        yield "variants: " + ", ".join(sorted({key for each in model.price_variants for key in each.when}))
+    """What else the model has prices of. Use that has such a thing waits, or costs what it costs without it."""
+    if any(vars(said).get(key) is not None for key in _BY_THE_HOUR):
+        yield "audio by the hour"
+    if others := {key for each in model.price_variants or () if _tier_of(each) is None for key in each.when}:
+        yield "variants: " + ", ".join(sorted(others))
     if isinstance(model.prices, list):
         starts = [getattr(each.constraint, "start_date", None) for each in model.prices]
         if later := sorted(start for start in starts if start is not None and start > at.date()):
@@ -144,12 +212,18 @@ def _not_expressible(model: "ModelInfo", said: "ModelPrice", *, at: datetime) ->
 
 
 def next_version(
-    known: Known, *, base: Sequence[Json], units: Collection[str], id: str, effective_at: datetime
+    known: Known,
+    *,
+    base: Sequence[Json],
+    units: Collection[str],
+    id: str,
+    effective_at: datetime,
+    further: Json | None = None,
 ) -> Json:
     """The version to post: the models of `base` as they are, but those known with the rates that are known.
 
     A version lists all models that have a price. What a model costs in other units than usd stays; a new one counts
-    tokens and calls in the units of that name.
+    tokens and calls in the units of that name. `further` is what the version says besides, and says on.
     """
     models: dict[Model, list[Json]] = {(each["provider"], each["model"]): list(each["rates"]) for each in base}
     for model, rates in known.rates.items():
@@ -159,6 +233,7 @@ def next_version(
             others = [each for each in _COUNTING if each["unit"] in units]
         models[model] = [*rates, *others]
     return {
+        **(further or {}),
         "id": id,
         "effective_at": effective_at.isoformat(),
         "models": [
@@ -207,8 +282,14 @@ def show_version(
     for each in chosen["models"]:
         if provider in (None, each["provider"]) and model in (None, each["model"]):
             for rate in each["rates"]:
-                table.add_row(Text(_name(each)), rate["quantity"], _shown(rate))
-    Console().print(table)
+                table.add_row(Text(_name(each)), _quantity(rate), _shown(rate))
+    console = Console()
+    console.print(table)
+    for name in ("prices", "markup", "own_key_fees", "plans", "accounts"):
+        for each in chosen.get(name, []):
+            console.print(
+                f"{name}: {json.dumps(each, ensure_ascii=False)}", markup=False, highlight=False, soft_wrap=True
+            )
 
 
 @prices.command("import")
@@ -237,11 +318,13 @@ def import_prices(
     at = datetime.now(UTC).replace(microsecond=0) + AHEAD if effective_at is None else _read_time(effective_at)
     book = metering.get("/api/v1/price-book")
     base = _base(metering, at, book)
-    chosen = provider or sorted({each["provider"] for each in base})
+    models = base.get("models", [])
+    chosen = provider or sorted({each["provider"] for each in models})
     known = read_known(providers=chosen, models=model or (), at=at)
     body = next_version(
         known,
-        base=base,
+        base=models,
+        further={name: value for name, value in base.items() if name not in ("id", "effective_at", "models")},
         units={each["name"] for each in book["units"]},
         id=version_id or f"{PACKAGE}-{installed_version(PACKAGE)}-{at:%Y%m%dT%H%M%SZ}",
         effective_at=at,
@@ -250,7 +333,7 @@ def import_prices(
     _show_difference(console, found)
     _show_names(console, "Imported without what the price book cannot express:", known.not_expressible)
     _show_names(console, "Left out, for the price book cannot express:", known.left_out)
-    if found["unchanged"] or not (found["added"] or found["removed"] or found["changed"]):
+    if found["unchanged"] or not (found["added"] or found["removed"] or found["changed"] or found["others"]):
         console.print("Nothing to import: the price book says the same.")
         return
     if dry_run:
@@ -264,6 +347,41 @@ def import_prices(
     console.print(
         f"{stored['id']} is stored and in force from {stored['effective_at']} on", markup=False, highlight=False
     )
+
+
+@prices.command("receipt")
+def show_receipt(
+    event: Annotated[str, typer.Argument(help="The id of an event.")],
+    *,
+    source: Annotated[str | None, typer.Option(help="Who reported it, if several have that id.")] = None,
+    account: Annotated[str | None, typer.Option(help="Whose it is, if several have that id.")] = None,
+) -> None:
+    """Explain what an event cost, to the last digit; or what it waits for."""
+    query = {name: value for name, value in (("source", source), ("account", account)) if value is not None}
+    found = _metering().get("/api/v1/receipts", {"id": event, **query})
+    console = Console()
+    if found["status"] != "charged":
+        waits = f", waits for {found['waits_for']}" if found["waits_for"] else ""
+        console.print(f"{event} is {found['status']}{waits}", markup=False, highlight=False)
+        return
+    bundle = found["bundle"]
+    place = f"partition {bundle['partition']}, bundle {bundle['number']}, line {bundle['line']}"
+    table = Table(
+        "quantity", "count", "price", "tier", "exact", title=f"{event}, under {found['price_version']}: {place}"
+    )
+    for each in found["items"]:
+        cells = (
+            each["quantity"],
+            str(each["count"]),
+            _shown(each),
+            each["tier"] or "",
+            f"{each['exact']} {each['unit']}",
+        )
+        table.add_row(*map(Text, cells))
+    console.print(table)
+    for each in found["amounts"]:
+        rounded = "" if each["exact"] is None else f" = {each['exact']}, rounded by {each['rounding']}"
+        console.print(f"{each['amount']} {each['unit']}{rounded}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _read_time(text: str) -> datetime:
@@ -284,10 +402,12 @@ def _show_difference(console: Console, found: Json) -> None:
         for rate in each["rates"]:
             old = rate.get("old") if old_or_new is None else rate if old_or_new == "old" else None
             new = rate.get("new") if old_or_new is None else rate if old_or_new == "new" else None
-            cells = (rate["quantity"], rate["unit"], _shown(old), _shown(new))
+            cells = (_quantity(rate), rate["unit"], _shown(old), _shown(new))
             table.add_row(Text(_name(each)), *cells)
     if table.row_count:
         console.print(table)
+    for each in found["others"]:
+        console.print(f"changed: {each}", markup=False, highlight=False)
     console.print(
         f"{len(found['added'])} models added, {len(found['changed'])} changed, {len(found['removed'])} removed"
     )
@@ -312,7 +432,13 @@ def _shown(rate: Json | None) -> str:
     if rate is None:
         return "–"
     per = "" if rate["per"] == 1 else f" / {rate['per']:,}"
-    return f"{rate['price']} {rate['unit']}{per}"
+    above = "".join(f", {each['price']} above {each['tokens']:,}" for each in rate.get("above") or ())
+    return f"{rate['price']}{above} {rate['unit']}{per}"
+
+
+def _quantity(rate: Json) -> str:
+    tier = rate.get("service_tier")
+    return rate["quantity"] if tier is None else f"{rate['quantity']} ({tier})"
 
 
 def _metering() -> ServiceApi:
@@ -323,13 +449,12 @@ def _posted(metering: ServiceApi, version: Json, *, dry_run: bool, backdate: boo
     return metering.post("/api/v1/price-book", version, query={"dry_run": dry_run, "backdate": backdate})
 
 
-def _base(metering: ServiceApi, at: datetime, book: Json) -> Sequence[Json]:
-    """The models of the version that a new one would take over from; none before the first."""
+def _base(metering: ServiceApi, at: datetime, book: Json) -> Json:
+    """The version that a new one would take over from; nothing before the first."""
     versions = metering.get("/api/v1/price-book/versions")["versions"]
     before = [each["id"] for each in versions if datetime.fromisoformat(each["effective_at"]) <= at]
     if not before:
-        return []
+        return {}
     found = [each for each in book["versions"] if each["id"] == before[-1]]
-    chosen = found or metering.get("/api/v1/price-book", {"version": before[-1]})["versions"]
-    models: Sequence[Json] = chosen[0]["models"]
-    return models
+    chosen: Sequence[Json] = found or metering.get("/api/v1/price-book", {"version": before[-1]})["versions"]
+    return chosen[0]

@@ -228,7 +228,8 @@ async def _admit(gateway: Gateway, verified: Verified, incoming: Incoming) -> Ca
     book = outside.prices.book()
     priced = book.find(request.model, at=incoming.at, providers=outside.providers.names)
     own = policy.uses_own_secret(verified, provider=priced.provider)
-    if request.dearer_tier is not None and not own:
+    priced = replace(priced, account=verified.account)
+    if request.dearer_tier is not None and not own and quote.priced_tier(request, priced) is None:
         raise errors.RequestInvalid(
             reason=f"the price book has no price for the service tier {request.dearer_tier!r}", param="service_tier"
         )
@@ -379,7 +380,7 @@ async def _answer(gateway: Gateway, call: Call, response: httpx2.Response, liste
         if piece is None:
             failed = _broke(call, "gave an answer that is not readable")
         else:
-            seen.reported, seen.served_model = piece.reported, piece.model
+            seen.reported, seen.served_model, seen.service_tier = piece.reported, piece.model, piece.service_tier
             seen.pieces = translate.tokens_of_answer(piece)
     if failed is not None or cancelled is not None:
         seen.pieces = counting.tokens_of_text(translate.text_bytes_of_part(body))
@@ -570,6 +571,7 @@ def _passed_on(call: Call, relayed: _Relayed, event: bytes) -> bytes:
         # Not for us to judge: the client is sent what the provider sent.
         return event
     seen.served_model = seen.served_model or piece.model
+    seen.service_tier = seen.service_tier or piece.service_tier
     for size in piece.texts:
         seen.add(size)
     seen.reported = piece.reported or seen.reported
@@ -614,6 +616,9 @@ async def _settle(
             "latency_ms": int((ended - incoming.started) * 1000),
             "response_bytes": response_bytes,
         },
+        counts=found.counts(audio=request.has_audio),
+        # What was asked for may not have been to be had: then it costs what it costs without.
+        service_tier=call.quoted.used.service_tier if seen.service_tier in (None, request.dearer_tier) else None,
     )
     message = translate.usage_message(
         used,

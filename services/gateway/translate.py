@@ -5,29 +5,24 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from decimal import Decimal
 from hashlib import sha256
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from contracts import ledger as words
 from contracts.envelope import TRACEPARENT, body_hash
-from contracts.money import SCALE_MAX, Unit, UnitName, format_amount, parse_amount
+from contracts.money import Unit, format_amount, parse_amount
 from contracts.partition import partition_of
-from contracts.pricing import PriceVersion, Quantity, Rate
+from contracts.pricebook import PriceBookRow, read_version
 from contracts.streams import usage_subject
-from contracts.times import Time
 from contracts.usage import (
     MODEL_USED,
     TOKENS_MAX,
     AttributeName,
     AttributeText,
-    ModelName,
     ModelUsed,
-    PriceVersionId,
-    ProviderName,
 )
 from services.gateway.domain.counting import Reported, tokens_of_text
 from services.gateway.domain.errors import (
@@ -60,42 +55,6 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 # The price book -------------------------------------------------------------------------------------------------------
 
 
-class _Said(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class _UnitSaid(_Said):
-    name: UnitName
-    kind: Literal["money", "cap"]
-    scale: Annotated[int, Field(ge=0, le=SCALE_MAX, strict=True)]
-    own_key_counts: bool = False
-    mirrors: UnitName | None = None
-
-
-class _RateSaid(_Said):
-    quantity: Quantity
-    unit: UnitName
-    price: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?$", max_length=40)]
-    per: Annotated[int, Field(strict=True)]
-
-
-class _ModelSaid(_Said):
-    provider: ProviderName
-    model: ModelName
-    rates: Annotated[list[_RateSaid], Field(min_length=1)]
-
-
-class _VersionSaid(_Said):
-    id: PriceVersionId
-    effective_at: Time
-    models: list[_ModelSaid]
-
-
-class _BookSaid(_Said):
-    units: list[_UnitSaid]
-    versions: list[_VersionSaid]
-
-
 class UnreadablePrices(ValueError):
     """What metering answered is no price book."""
 
@@ -103,28 +62,16 @@ class UnreadablePrices(ValueError):
 def read_price_book(body: bytes) -> PriceBook:
     """Metering's price book. Raises UnreadablePrices: a book is used whole or not at all."""
     try:
-        said = _BookSaid.model_validate_json(body)
+        # What a newer metering says besides is no concern of an older gateway.
+        said = PriceBookRow.model_validate_json(body, extra="ignore")
         units = {unit.name: Unit(**unit.model_dump()) for unit in said.units}
-        versions = [_version(version, units) for version in said.versions]
+        versions = [read_version(version, units=units) for version in said.versions]
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         raise UnreadablePrices(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     except ValueError as error:
         raise UnreadablePrices(str(error)) from error
     return PriceBook(units=units, versions=sorted(versions, key=lambda version: version.effective_at))
-
-
-def _version(said: _VersionSaid, units: Mapping[str, Unit]) -> PriceVersion:
-    rates: dict[tuple[str, str], tuple[Rate, ...]] = {}
-    for model in said.models:
-        for each in model.rates:
-            if each.unit not in units:
-                raise ValueError(f"{said.id} prices {model.model} in {each.unit}, which is no unit")
-        rates[model.provider, model.model] = tuple(
-            Rate(quantity=each.quantity, unit=each.unit, price=Decimal(each.price), per=each.per)
-            for each in model.rates
-        )
-    return PriceVersion(id=said.id, effective_at=said.effective_at.astimezone(UTC), rates=rates)
 
 
 # Requests -------------------------------------------------------------------------------------------------------------
@@ -288,6 +235,7 @@ class _Answer(msgspec.Struct):
     model: Any = None
     choices: list[_Choice] | None = None
     usage: Any = None
+    service_tier: Any = None
     error: Any = None
 
 
@@ -302,6 +250,7 @@ class Piece:
     has_choices: bool = False
     reported: Reported | None = None
     model: str | None = None
+    service_tier: str | None = None
     error: Mapping[str, Any] | None = None
 
 
@@ -318,6 +267,7 @@ def read_piece(data: bytes) -> Piece | None:
         has_choices=bool(choices),
         reported=_reported(found.usage),
         model=found.model if isinstance(found.model, str) and len(found.model) <= 128 else None,
+        service_tier=found.service_tier if isinstance(found.service_tier, str) else None,
         error=found.error if isinstance(found.error, dict) else {"message": str(found.error)} if found.error else None,
     )
 
@@ -354,6 +304,8 @@ def _reported(usage: Any) -> Reported | None:
         output_tokens=outputs,
         cached_tokens=_detail(usage.get("prompt_tokens_details"), "cached_tokens"),
         reasoning_tokens=_detail(usage.get("completion_tokens_details"), "reasoning_tokens"),
+        input_audio_tokens=_detail(usage.get("prompt_tokens_details"), "audio_tokens"),
+        output_audio_tokens=_detail(usage.get("completion_tokens_details"), "audio_tokens"),
     )
 
 

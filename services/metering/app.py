@@ -6,6 +6,7 @@ Run as `python -m services.metering.app`.
 import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
 from typing import Final
 
 from fastapi import FastAPI
@@ -30,11 +31,13 @@ from services.kit.tracing import configure_tracing
 from services.kit.trimmer import Trimmer
 from services.metering import handlers, translate
 from services.metering.domain.prices import PriceBook
-from services.metering.engine import PriceKeeper
+from services.metering.engine import PriceKeeper, Rerouter
 from services.metering.handlers import Known
-from services.metering.routes import Backend, routers
+from services.metering.queries.definitions import follow_catalogue
+from services.metering.routes import Backend, IngestLimits, routers
 from services.metering.settings import MeteringSettings
 from services.metering.subscribers import UsageSubscriber, subscribe_directory
+from services.metering.translate.meters import CatalogueMeter, read_catalogue_meters
 
 log = get_logger(__name__)
 
@@ -47,13 +50,29 @@ READ_TIMEOUT: Final = "10s"
 
 def build(settings: MeteringSettings) -> FastAPI:
     """The application. Everything is connected when its lifespan begins, and finished when it ends."""
-    return service_app(SERVICE, settings, running=_running, routers=routers)
+    return service_app(
+        SERVICE,
+        settings,
+        running=_running,
+        routers=lambda backend: routers(backend, limits=_limits(settings)),
+        body_bytes_max=settings.metering_body_bytes_max,
+    )
+
+
+def _limits(settings: MeteringSettings) -> IngestLimits:
+    return IngestLimits(
+        age_max=timedelta(days=settings.metering_age_days_max),
+        body_bytes_max=settings.metering_body_bytes_max,
+        batch_events_max=settings.metering_batch_events_max,
+        attributes_max=settings.metering_attributes_max,
+    )
 
 
 @asynccontextmanager
 async def _running(settings: MeteringSettings, readiness: Readiness) -> AsyncIterator[Backend]:
     catalogue = load_catalogue(settings.catalogue_file)
     versions = translate.read_catalogue_versions(catalogue.section("price_versions"), units=catalogue.units)
+    meters = read_catalogue_meters(catalogue.sections.get("meters", []))
     async with AsyncExitStack() as stack:
 
         def writer(name: str) -> Writer:
@@ -66,6 +85,10 @@ async def _running(settings: MeteringSettings, readiness: Readiness) -> AsyncIte
             url_with_options(settings.database_url, statement_timeout=READ_TIMEOUT), name=f"{SERVICE}-pool"
         )
         stack.push_async_callback(pool.close)
+        questions = await open_pool(
+            url_with_options(settings.database_url, statement_timeout=READ_TIMEOUT), name=f"{SERVICE}-questions"
+        )
+        stack.push_async_callback(questions.close)
         directory_writer = writer("directory")
 
         async def dead_letter(letter: Letter) -> None:
@@ -105,6 +128,16 @@ async def _running(settings: MeteringSettings, readiness: Readiness) -> AsyncIte
             notify=notify,
         )
         await _start(prices, versions)
+        await _follow_catalogue(writer("meters"), meters)
+        rerouter = Rerouter(
+            client=client,
+            writer=writer("rerouter"),
+            pool=pool,
+            partitions=lambda: leases.partitions,
+            price_book=prices.book,
+            notify=notify,
+        )
+        age_max = timedelta(days=settings.metering_age_days_max)
         consumer = next(each for each in CONSUMERS if each.durable == METERING_CONSUMER)
         usage = UsageSubscriber(
             reader=PullReader(
@@ -118,6 +151,8 @@ async def _running(settings: MeteringSettings, readiness: Readiness) -> AsyncIte
             price_book=prices.book,
             known=Known(),
             notify=notify,
+            rerouted=rerouter.wake,
+            age_max=age_max,
             attempt_seconds_max=consumer.ack_wait_seconds / 3,
         )
         subscribe_directory(broker, settings, writer=directory_writer, price_book=prices.book, notify=notify)
@@ -128,6 +163,7 @@ async def _running(settings: MeteringSettings, readiness: Readiness) -> AsyncIte
             essential_task(leases.run(), name="leases"),
             essential_task(usage.run(), name="usage"),
             essential_task(prices.run(), name="prices"),
+            essential_task(rerouter.run(), name="rerouter"),
             essential_task(trimmer.run(), name="trimmer"),
         ]
         await broker.start()
@@ -135,11 +171,13 @@ async def _running(settings: MeteringSettings, readiness: Readiness) -> AsyncIte
             yield Backend(
                 nats=client,
                 pool=pool,
+                questions=questions,
                 prices=prices,
                 redrive=_redriver(settings, client=client, price_book=prices.book, notify=notify),
+                mapped=rerouter.wake,
             )
         finally:
-            for stop in (usage.stop, prices.stop, leases.stop, relay.stop, trimmer.stop):
+            for stop in (usage.stop, prices.stop, rerouter.stop, leases.stop, relay.stop, trimmer.stop):
                 stop()
             await finish_tasks(tasks, deadline_seconds=settings.shutdown_seconds / 2)
 
@@ -151,6 +189,18 @@ async def _start(prices: PriceKeeper, catalogue: Sequence[PriceVersion]) -> None
     except ValueError as error:
         log.critical("metering does not start: the catalogue contradicts the price book", reason=str(error))
         raise
+
+
+async def _follow_catalogue(writer: Writer, meters: Sequence[CatalogueMeter]) -> None:
+    """Have the catalogue's meters stored. One that contradicts what is stored must not start."""
+    try:
+        async with writer.transaction() as connection:
+            await follow_catalogue(connection, meters, at=now())
+    except ValueError as error:
+        log.critical("metering does not start: the catalogue contradicts the meters", reason=str(error))
+        raise
+    finally:
+        await writer.close()
 
 
 def _redriver(
@@ -172,7 +222,9 @@ def _redriver(
                 await writer.close()
             return
         try:
-            await publish(client, stream=USAGE, message=translate.redriven(letter, received_at=now()))
+            age_max = timedelta(days=settings.metering_age_days_max)
+            message = translate.redriven(letter, received_at=now(), age_max=age_max)
+            await publish(client, stream=USAGE, message=message)
         except PublishFailed as error:
             raise Problem(503, "not_confirmed", f"{error}; re-driving it again is safe") from error
 

@@ -1,4 +1,7 @@
-"""The price book of a process: read from its table, told to whoever prices; and what it prices anew is charged."""
+"""What a process does besides reading use: it keeps the price book, charges what has a price by now, and sends on.
+
+The price book is read from its table, and told to whoever prices.
+"""
 
 import asyncio
 import time
@@ -7,13 +10,16 @@ from contextlib import suppress
 from typing import Final
 
 import psycopg
+from nats.aio.client import Client
 from psycopg_pool import PoolTimeout
 
 from contracts.money import Unit
 from contracts.pricing import PriceVersion
+from contracts.streams import USAGE
 from services.kit.clock import now
 from services.kit.database import Pool, Writer
 from services.kit.outbox import OutboxRow
+from services.kit.publish import PublishFailed, publish_batch
 from services.kit.telemetry import FAULTS, get_logger
 from services.metering import handlers, store, translate
 from services.metering.domain.prices import PriceBook, is_new
@@ -143,6 +149,7 @@ class PriceKeeper:
                 recorded_at=recorded_at,
                 source=source,
                 models=translate.models_as_json(version),
+                further=translate.further_as_json(version),
             )
             await self._read(connection)
             if added:
@@ -156,10 +163,110 @@ class PriceKeeper:
         # Nothing is awaited from here on: the book that is extended is still the last one.
         further = [
             translate.stored_version(
-                id=row.id, effective_at=row.effective_at, models=row.models, units=self._book.units
+                id=row.id,
+                effective_at=row.effective_at,
+                models=row.models,
+                further=row.further,
+                units=self._book.units,
             )
             for row in rows
             if self._book.find(row.id) is None
         ]
         if further:
             self._book = self._book.extended(further)
+
+
+# How soon is found what another process left to be sent on.
+REROUTE_POLL_SECONDS: Final = 0.5
+REROUTE_ROWS_MAX: Final = 500
+
+
+class Rerouter:
+    """Sends on use that belongs to another partition, and finishes what a new alias began.
+
+    Of the partitions that this process holds. What it does not finish is found in the tables by whoever is next; what
+    it does twice counts once where it goes.
+    """
+
+    def __init__(
+        self,
+        *,
+        client: Client,
+        writer: Writer,
+        pool: Pool,
+        partitions: Callable[[], frozenset[int]],
+        price_book: Callable[[], PriceBook],
+        notify: Callable[[Sequence[OutboxRow]], None],
+        poll_seconds: float = REROUTE_POLL_SECONDS,
+    ) -> None:
+        """`writer` is the rerouter's own. `notify` is told what has been committed to the outbox."""
+        self._client = client
+        self._writer = writer
+        self._pool = pool
+        self._partitions = partitions
+        self._price_book = price_book
+        self._notify = notify
+        self._poll_seconds = poll_seconds
+        self._wake = asyncio.Event()
+        self._stopping = False
+
+    def wake(self) -> None:
+        """There is something to be sent on, or a new alias."""
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Let `run` return soon."""
+        self._stopping = True
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Work until `stop`."""
+        while not self._stopping:
+            self._wake.clear()
+            try:
+                await self.map_waiting()
+                if await self.send_on():
+                    continue
+            except _DATABASE_AWAY as error:
+                FAULTS.labels(place="metering.reroute").inc()
+                log.error("use not sent on", retry_seconds=self._poll_seconds, error=repr(error))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._poll_seconds):
+                    await self._wake.wait()
+
+    async def map_waiting(self) -> None:
+        """Charge, or have sent on, what waited for aliases that are there now."""
+        if not (partitions := self._partitions()):
+            return
+        async with self._pool.connection() as connection:
+            pending = await store.find_pending_aliases(connection, partitions)
+        for _, subject in pending:
+            if self._stopping:
+                return
+            try:
+                self._notify(await handlers.charge_mapped(subject, writer=self._writer, price_book=self._price_book()))
+            except _DATABASE_AWAY:
+                raise
+            except Exception as error:
+                # What waits under one name must not hold up what waits under others. It is tried again.
+                FAULTS.labels(place="metering.alias").inc()
+                log.error("use that waited for an alias cannot be charged", subject=subject, exc_info=error)
+
+    async def send_on(self) -> bool:
+        """Publish what is to be sent on, and forget what the stream has; whether there may be more."""
+        if not (partitions := self._partitions()):
+            return False
+        async with self._pool.connection() as connection:
+            found = await store.find_reroutes(connection, partitions, limit=REROUTE_ROWS_MAX)
+        if not found:
+            return False
+        sent, complete = found, True
+        try:
+            await publish_batch(self._client, stream=USAGE, messages=[translate.rerouted(each) for each in found])
+        except PublishFailed as error:
+            FAULTS.labels(place="metering.reroute").inc()
+            log.error("use not sent on, it is tried again", failed=len(error.failed), reason=str(error))
+            sent, complete = [found[place] for place in error.confirmed], False
+        async with self._pool.connection() as connection:
+            await store.delete_reroutes(connection, sent)
+        return complete and len(found) == REROUTE_ROWS_MAX

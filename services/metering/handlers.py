@@ -1,13 +1,14 @@
 """What happens to use: logged once, charged once. Each handler is one transaction on a whole batch.
 
 An answer is given (a message acknowledged) after the commit only: whoever dies before it is asked again, and finds
-in `seen` what it did. All numbering happens under the lock of the partition's head, which also holds the directory
-still: an account is either found open by the batch that logs its use, or finds that use set aside when it is opened.
+in `seen` what it did. All numbering happens under the lock of the partition's head, which also holds the directory and
+the aliases still: an account is either found open by the batch that logs its use, or finds that use set aside when it
+is opened; and likewise an alias.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import date, datetime
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date, datetime, timedelta
 from typing import Final, assert_never
 
 from nats.aio.msg import Msg
@@ -31,29 +32,37 @@ from services.metering.domain.charging import (
     Decided,
     Head,
     Reason,
+    SetAside,
     advance,
     bundle,
     decide_charges,
 )
-from services.metering.domain.ingest import Conflict, Judged, first_of_each, judge
-from services.metering.domain.prices import NoPrice, PriceBook
-from services.metering.domain.usage import Key, Usage
-from services.metering.store import COUNTERS, ChargedLine, Connection, Counts, LoggedUsage
+from services.metering.domain.ingest import Conflict, Judged, Placed, Subject, first_of_each, judge, place
+from services.metering.domain.prices import CountedFirst, CounterKey, NoPrice, PriceBook, rate_in_order
+from services.metering.domain.usage import AGE_MAX, Key, Reroute, Usage
+from services.metering.store import COUNTERS, Alias, ChargedLine, Connection, Counts, LoggedUsage, TakenUsage
 from services.metering.translate import Priced
 
 log = get_logger(__name__)
 
 # Set-aside use charged in one transaction when its account opens; the rest follows in further ones.
 SET_ASIDE_ROWS_MAX: Final = 5_000
+# Of those each has its body.
+MAPPED_ROWS_MAX: Final = 1_000
 
 Tally = dict[tuple[int, str], Counts]
+Price = Rated | NoPrice | CountedFirst
 
 
 @dataclass(slots=True)
 class Known:
-    """What a process need not ask the database twice: it only ever becomes true, for all processes."""
+    """What a process need not ask the database twice: it only ever becomes true, for all processes.
+
+    `subjects` are names of open accounts that are no aliases: what is open never becomes one.
+    """
 
     open_accounts: set[str] = field(default_factory=set)
+    subjects: set[str] = field(default_factory=set)
     months: set[date] = field(default_factory=set)
 
 
@@ -62,10 +71,13 @@ class Batch:
     """Deliveries, read and priced: everything about them that needs no database. `spans` are of those traced."""
 
     letters: Sequence[Letter]
+    late: Sequence[translate.Late]
+    misplaced: Sequence[Reroute]
     usages: Sequence[Usage]
     firsts: Sequence[Usage]
-    prices: Mapping[Key, Rated | NoPrice]
+    prices: Mapping[Key, Price]
     priced: Mapping[Key, Priced]
+    price_book: PriceBook
     received_at: datetime
     spans: Mapping[Key, tracing.Span] = field(default_factory=dict)
 
@@ -82,12 +94,15 @@ class Ingested:
 class Reading:
     """Reads and prices deliveries, slice by slice. Of repeats only the first is priced."""
 
-    def __init__(self, *, price_book: PriceBook, received_at: datetime) -> None:
+    def __init__(self, *, price_book: PriceBook, received_at: datetime, age_max: timedelta = AGE_MAX) -> None:
         self._price_book = price_book
         self._received_at = received_at
+        self._age_max = age_max
         self._letters: list[Letter] = []
+        self._late: list[translate.Late] = []
+        self._misplaced: list[Reroute] = []
         self._usages: list[Usage] = []
-        self._prices: dict[Key, Rated | NoPrice] = {}
+        self._prices: dict[Key, Price] = {}
         self._priced: dict[Key, Priced] = {}
         self._spans: dict[Key, tracing.Span] = {}
         self._traced = tracing.is_on()
@@ -108,21 +123,28 @@ class Reading:
         """All that was read."""
         return Batch(
             letters=self._letters,
+            late=self._late,
+            misplaced=self._misplaced,
             usages=self._usages,
             firsts=first_of_each(self._usages),
             prices=self._prices,
             priced=self._priced,
+            price_book=self._price_book,
             received_at=self._received_at,
             spans=self._spans,
         )
 
     def _add(self, message: Msg) -> None:
-        match translate.read_delivery(message, received_at=self._received_at):
+        match translate.read_delivery(message, age_max=self._age_max):
             case Usage() as usage:
                 if usage.key not in self._prices:
                     span = self._begin_span(usage) if self._traced else None
                     self._price(usage, traceparent=None if span is None else span.traceparent)
                 self._usages.append(usage)
+            case Reroute() as misplaced:
+                self._misplaced.append(misplaced)
+            case translate.Late() as late:
+                self._late.append(late)
             case Letter() as letter:
                 self._letters.append(letter)
             case never:
@@ -147,16 +169,17 @@ class Reading:
                     "scrip.source": usage.source,
                     "scrip.event": usage.event_id,
                     "scrip.partition": usage.partition,
-                    "scrip.model": usage.used.model,
                     "scrip.outcome": "repeat",
                 }
             )
+            if usage.used is not None:
+                span.set({"scrip.model": usage.used.model})
             self._spans[usage.key] = span
         return span
 
 
 async def ingest(batch: Batch, *, writer: Writer, known: Known) -> Ingested:
-    """Log what is new, charge it, and put aside what is dead, conflicting, unattributed or unpriced.
+    """Log what is new, charge it, send on what belongs elsewhere, and put aside what is dead, conflicting, or waits.
 
     Refuses nothing. A batch that fails has had no effect, unless its commit was cut off: then repeating it has none.
     """
@@ -165,17 +188,33 @@ async def ingest(batch: Batch, *, writer: Writer, known: Known) -> Ingested:
     lines: list[ChargedLine] = []
     rows: list[OutboxRow] = []
     async with writer.transaction() as connection:
+        if batch.late:
+            batch = await _sort_out_late(connection, batch)
         claimed = await store.claim(connection, batch.firsts) if batch.firsts else {}
         judged = judge(batch.usages, claimed=claimed)
         if judged.new:
             lines, rows = await _log_and_charge(connection, batch, judged.new, known=known, tally=tally)
         new_conflicts = await store.add_conflicts(connection, judged.conflicts, received_at=batch.received_at)
         await _record_letters(connection, batch.letters, tally)
+        await store.add_reroutes(connection, batch.misplaced, recorded_at=batch.received_at)
         _tally_judged(judged, new_conflicts, tally)
+        for each in batch.misplaced:
+            _counts(tally, each).rerouted += 1
         await store.count(connection, tally)
+        if answers := _answers(judged):
+            await store.answer(connection, answers, recorded_at=batch.received_at)
     if batch.spans:
         _end_spans(batch.spans, judged, lines)
     return Ingested(counts=_total(tally), conflicts=new_conflicts, rows=rows)
+
+
+async def _sort_out_late(connection: Connection, batch: Batch) -> Batch:
+    """Of what is too old, repeats are repeats, and the rest is dead."""
+    seen = await store.find_seen(connection, {each.usage.key for each in batch.late})
+    repeats = [each.usage for each in batch.late if each.usage.key in seen]
+    letters = [each.letter for each in batch.late if each.usage.key not in seen]
+    usages = [*batch.usages, *repeats]
+    return replace(batch, letters=[*batch.letters, *letters], late=(), usages=usages, firsts=first_of_each(usages))
 
 
 async def put_aside(letters: Sequence[Letter], *, writer: Writer) -> None:
@@ -199,8 +238,13 @@ async def open_account(fact: AccountOpened, *, writer: Writer, price_book: Price
             await store.add_to_directory(
                 connection, partition=partition, account=fact.account, opened_at=fact.recorded_at
             )
-            found = await store.find_set_aside(
-                connection, partition=partition, reason="unattributed", key=fact.account, limit=SET_ASIDE_ROWS_MAX
+            found = await store.find_unattributed(
+                connection,
+                partition=partition,
+                account=fact.account,
+                # Then what was reported under that name is about to go to another account.
+                is_alias=bool(await store.find_aliases(connection, [(partition, fact.account)])),
+                limit=SET_ASIDE_ROWS_MAX,
             )
             rows += await _charge_set_aside(connection, found, heads=heads, was="unattributed", price_book=price_book)
         if len(found) < SET_ASIDE_ROWS_MAX:
@@ -228,21 +272,187 @@ async def charge_unpriced(partition: int, key: str, *, writer: Writer, price_boo
             return rows
 
 
+@dataclass(frozen=True, slots=True)
+class AliasTaken:
+    """The subject is the name of another account already. It is deleted first, deliberately, or left."""
+
+    alias: Alias
+
+
+@dataclass(frozen=True, slots=True)
+class NamesAnAccount:
+    """The subject is the id of an open account, and its use is that account's."""
+
+
+async def add_alias(connection: Connection, alias: Alias) -> bool | AliasTaken | NamesAnAccount:
+    """Map a subject to an account, in the caller's transaction; False if it is already. Use that waits follows soon.
+
+    Refuses with AliasTaken and NamesAnAccount.
+    """
+    partition = partition_of(alias.subject)
+    await store.lock_heads(connection, [partition])
+    found = await store.find_alias(connection, partition=partition, subject=alias.subject)
+    if found is not None:
+        return False if found.account == alias.account else AliasTaken(found)
+    if await store.find_open(connection, [(partition, alias.subject)]):
+        return NamesAnAccount()
+    await store.add_alias(connection, alias, partition=partition)
+    return True
+
+
+async def delete_alias(connection: Connection, subject: str) -> bool:
+    """Forget an alias, in the caller's transaction; whether there was one. What was charged by it stays."""
+    partition = partition_of(subject)
+    await store.lock_heads(connection, [partition])
+    return await store.delete_alias(connection, partition=partition, subject=subject)
+
+
+async def charge_mapped(subject: str, *, writer: Writer, price_book: PriceBook) -> Sequence[OutboxRow]:
+    """Charge or send on what waited under a subject that is an alias now. Repeats do nothing.
+
+    Dying between two of its transactions leaves the rest to the next sweep, of whichever process.
+    """
+    partition = partition_of(subject)
+    rows: list[OutboxRow] = []
+    left = True
+    while left:
+        async with writer.transaction() as connection:
+            heads = await store.lock_heads(connection, [partition])
+            aliases = await store.find_aliases(connection, [(partition, subject)])
+            if not aliases:
+                return rows
+            left = False
+            for reason in _BEFORE_AN_ALIAS:
+                taken = await store.take_waiting(
+                    connection, partition=partition, subject=subject, reason=reason, limit=MAPPED_ROWS_MAX
+                )
+                left = left or len(taken) == MAPPED_ROWS_MAX
+                rows += await _charge_taken(
+                    connection, taken, subject=subject, heads=heads, aliases=aliases, was=reason, price_book=price_book
+                )
+                # It has moved, if anything was charged.
+                heads = await store.lock_heads(connection, [partition])
+            if not left:
+                await store.settle_alias(connection, partition=partition, subject=subject)
+    return rows
+
+
+# Use waits under its subject because nobody has that name, or because an account might that is not open.
+_BEFORE_AN_ALIAS: Final[tuple[Reason, ...]] = ("unmapped", "unattributed")
+
+
+async def _charge_taken(
+    connection: Connection,
+    taken: Sequence[TakenUsage],
+    *,
+    subject: str,
+    heads: Mapping[int, Head],
+    aliases: Mapping[Subject, str],
+    was: Reason,
+    price_book: PriceBook,
+) -> list[OutboxRow]:
+    """Log and charge, or send on, what has waited for an alias, as if it came now."""
+    usages = [
+        translate.waiting_usage(each.body, occurred_at=each.occurred_at, body_hash=each.body_hash)
+        if each.body is not None
+        else translate.taken_usage(
+            source=each.source,
+            event_id=each.event_id,
+            subject=subject,
+            type=each.type or "",
+            occurred_at=each.occurred_at,
+            data=each.data or "{}",
+            context=each.context,
+            body_hash=each.body_hash,
+        )
+        for each in taken
+    ]
+    tally: Tally = {}
+    for usage in usages:
+        counts = _counts(tally, usage)
+        counts.new -= 1
+        _wait_no_more(counts, was)
+    placed = place(usages, aliases=aliases)
+    prices = {usage.key: price_book.price(usage) for usage in placed.here}
+    rows: list[OutboxRow] = []
+    if usages:
+        _, rows = await _enter(
+            connection, placed, heads=heads, prices=prices, priced={}, price_book=price_book, known=Known(), tally=tally
+        )
+    await store.count(connection, tally)
+    return rows
+
+
 async def _log_and_charge(
     connection: Connection, batch: Batch, new: Sequence[Usage], *, known: Known, tally: Tally
 ) -> tuple[list[ChargedLine], list[OutboxRow]]:
     heads = await store.lock_heads(connection, {usage.partition for usage in new})
-    unknown = {(usage.partition, usage.account) for usage in new if usage.account not in known.open_accounts}
+    # After the heads are locked: from here on nobody opens an account of these partitions, or maps a subject.
+    aliases = await _find_aliases(connection, new, known)
+    placed = place(new, aliases=aliases)
+    prices, priced = batch.prices, batch.priced
+    if aliases:
+        # When the batch was read these had no account, or another one.
+        sent_on = {usage.key for usage in new if usage.is_mapped}
+        mapped = {usage.key: usage for usage in placed.here if usage.is_mapped and usage.key not in sent_on}
+        prices = {**prices, **{key: batch.price_book.price(usage) for key, usage in mapped.items()}}
+        priced = {key: each for key, each in priced.items() if key not in mapped}
+    return await _enter(
+        connection,
+        placed,
+        heads=heads,
+        prices=prices,
+        priced=priced,
+        price_book=batch.price_book,
+        known=known,
+        tally=tally,
+    )
+
+
+async def _find_aliases(connection: Connection, new: Iterable[Usage], known: Known) -> Mapping[Subject, str]:
+    """The aliases among subjects, as far as it is not known of them that they are none."""
+    unknown = {
+        (usage.partition, usage.subject) for usage in new if usage.subject not in known.subjects and not usage.is_mapped
+    }
+    if not unknown:
+        return {}
+    aliases = await store.find_aliases(connection, unknown)
+    open_accounts = await store.find_open(connection, unknown)
+    known.open_accounts |= open_accounts
+    known.subjects |= open_accounts - {subject for _, subject in aliases}
+    return aliases
+
+
+async def _enter(
+    connection: Connection,
+    placed: Placed,
+    *,
+    heads: Mapping[int, Head],
+    prices: Mapping[Key, Price],
+    priced: Mapping[Key, Priced],
+    price_book: PriceBook,
+    known: Known,
+    tally: Tally,
+) -> tuple[list[ChargedLine], list[OutboxRow]]:
+    """Log what belongs here and charge it; send on what does not; have wait what nobody knows whose it is."""
+    unknown = {(usage.partition, usage.account) for usage in placed.here if usage.account not in known.open_accounts}
     if unknown:
-        # After the heads are locked: from here on nobody opens an account of these partitions.
         known.open_accounts |= await store.find_open(connection, unknown)
-    decided = decide_charges(((usage, batch.prices[usage.key]) for usage in new), open_accounts=known.open_accounts)
+    rated = await _count(connection, placed.here, prices, open_accounts=known.open_accounts, price_book=price_book)
+    decided = decide_charges(((usage, rated[usage.key]) for usage in placed.here), open_accounts=known.open_accounts)
+    written = {
+        charge.usage.key: priced.get(charge.usage.key)
+        or translate.priced(charge.usage, charge.rated, units=price_book.units)
+        for charge in decided.charges
+    }
     recorded_at = _recording_times(heads)
-    lines, rows = await _stage(connection, decided.charges, heads=heads, recorded_at=recorded_at, priced=batch.priced)
+    lines, rows = await _stage(connection, decided.charges, heads=heads, recorded_at=recorded_at, priced=written)
     charged = {line.usage.key: line for line in lines}
-    await store.log_usage(connection, new, recorded_at=recorded_at, charged=charged)
-    await store.set_aside(connection, decided.set_aside, recorded_at=recorded_at)
-    _tally_new(new, decided, tally)
+    unmapped = [SetAside(usage=usage, reason="unmapped", key=usage.subject) for usage in placed.unmapped]
+    await store.log_usage(connection, placed.here, recorded_at=recorded_at, charged=charged)
+    await store.set_aside(connection, [*decided.set_aside, *unmapped], recorded_at=recorded_at)
+    await store.add_reroutes(connection, placed.elsewhere, recorded_at=now())
+    _tally_new(placed, decided, tally)
     return lines, rows
 
 
@@ -269,12 +479,15 @@ async def _charge_set_aside(
             type=row.type,
             occurred_at=row.occurred_at,
             data=row.data,
+            subject=row.subject,
         )
         for row in found
     ]
     # Either it is the account that has just been opened, or the account was open when the price was missing.
     open_accounts = {usage.account for usage in usages}
-    decided = decide_charges(((usage, price_book.price(usage)) for usage in usages), open_accounts=open_accounts)
+    prices = {usage.key: price_book.price(usage) for usage in usages}
+    rated = await _count(connection, usages, prices, open_accounts=open_accounts, price_book=price_book)
+    decided = decide_charges(((usage, rated[usage.key]) for usage in usages), open_accounts=open_accounts)
     priced = {
         charge.usage.key: translate.priced(charge.usage, charge.rated, units=price_book.units)
         for charge in decided.charges
@@ -291,16 +504,40 @@ async def _charge_set_aside(
         counts = _counts(tally, each.usage)
         counts.unpriced += 1
     for usage in usages:
-        counts = _counts(tally, usage)
-        match was:
-            case "unattributed":
-                counts.unattributed -= 1
-            case "unpriced":
-                counts.unpriced -= 1
-            case _:
-                assert_never(was)
+        _wait_no_more(_counts(tally, usage), was)
     await store.count(connection, tally)
     return rows
+
+
+async def _count(
+    connection: Connection,
+    usages: Sequence[Usage],
+    prices: Mapping[Key, Price],
+    *,
+    open_accounts: Collection[str],
+    price_book: PriceBook,
+) -> Mapping[Key, Rated | NoPrice]:
+    """What uses cost, of those too whose price depends on what was used before in a period. The caller holds the heads.
+
+    Only what is charged is counted: what has no open account is not, and then has no price yet.
+    """
+    found = {key: price for key, price in prices.items() if not isinstance(price, CountedFirst)}
+    if len(found) == len(prices):
+        return found
+    counted: list[Usage] = []
+    keys: set[CounterKey] = set()
+    for usage in usages:
+        price = prices[usage.key]
+        if not isinstance(price, CountedFirst):
+            continue
+        if usage.account in open_accounts:
+            counted.append(usage)
+            keys.update(price.counters)
+        else:
+            found[usage.key] = NoPrice(key=usage.account)
+    rated, moved = rate_in_order(counted, book=price_book, counters=await store.find_counters(connection, keys))
+    await store.write_counters(connection, moved)
+    return found | rated
 
 
 async def _stage(
@@ -385,16 +622,23 @@ async def _record_letters(connection: Connection, letters: Sequence[Letter], tal
     by_reporter: dict[tuple[int, str], list[Letter]] = {}
     for letter in letters:
         if letter.stream == USAGE:
-            key = (letter.partition or 0, translate.reporter_of(letter.subject))
+            key = (letter.partition or 0, translate.source_of(letter))
             by_reporter.setdefault(key, []).append(letter)
     for key, of_reporter in sorted(by_reporter.items()):
         recorded = await record_letters(connection, sorted(of_reporter, key=lambda letter: letter.stream_sequence))
         tally.setdefault(key, Counts()).dead += recorded
 
 
-def _tally_new(new: Iterable[Usage], decided: Decided, tally: Tally) -> None:
-    for usage in new:
+def _tally_new(placed: Placed, decided: Decided, tally: Tally) -> None:
+    for usage in placed.here:
         _counts(tally, usage).new += 1
+    for usage in placed.unmapped:
+        counts = _counts(tally, usage)
+        counts.new += 1
+        counts.unmapped += 1
+    for rerouted in placed.elsewhere:
+        # Not new here: it is where it goes to.
+        _counts(tally, rerouted).rerouted += 1
     for charge in decided.charges:
         _counts(tally, charge.usage).charged += 1
     for each in decided.set_aside:
@@ -404,8 +648,37 @@ def _tally_new(new: Iterable[Usage], decided: Decided, tally: Tally) -> None:
                 counts.unattributed += 1
             case "unpriced":
                 counts.unpriced += 1
+            case "unmapped":
+                counts.unmapped += 1
             case _:
                 assert_never(each.reason)
+
+
+def _wait_no_more(counts: Counts, was: Reason) -> None:
+    match was:
+        case "unattributed":
+            counts.unattributed -= 1
+        case "unpriced":
+            counts.unpriced -= 1
+        case "unmapped":
+            counts.unmapped -= 1
+        case _:
+            assert_never(was)
+
+
+def _answers(judged: Judged) -> dict[tuple[int, str], str]:
+    """What became of reports that somebody asks about."""
+    outcomes: tuple[tuple[Iterable[Usage], str], ...] = (
+        (judged.new, "new"),
+        (judged.repeats, "duplicate"),
+        ((conflict.usage for conflict in judged.conflicts), "conflicting"),
+    )
+    return {
+        (usage.partition, usage.question): outcome
+        for usages, outcome in outcomes
+        for usage in usages
+        if usage.question is not None
+    }
 
 
 def _tally_judged(judged: Judged, new_conflicts: Sequence[Conflict], tally: Tally) -> None:
@@ -420,8 +693,8 @@ def _tally_judged(judged: Judged, new_conflicts: Sequence[Conflict], tally: Tall
         counts.duplicate -= 1
 
 
-def _counts(tally: Tally, usage: Usage) -> Counts:
-    return tally.setdefault((usage.partition, usage.source), Counts())
+def _counts(tally: Tally, of: Usage | Reroute) -> Counts:
+    return tally.setdefault((of.partition, of.source), Counts())
 
 
 def _total(tally: Tally) -> Counts:

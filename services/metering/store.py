@@ -6,15 +6,17 @@ order of partitions, then the rest, each in key order.
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from typing import Final, NamedTuple
 
 from psycopg import AsyncConnection
 from psycopg.rows import TupleRow, class_row
 
+from contracts.pricing import Counter
 from services.metering.domain.charging import Head, Reason, SetAside
-from services.metering.domain.ingest import Conflict
-from services.metering.domain.usage import Key, Usage
+from services.metering.domain.ingest import Conflict, Subject
+from services.metering.domain.prices import CounterKey
+from services.metering.domain.usage import Key, Reroute, Usage
 
 Connection = AsyncConnection[TupleRow]
 
@@ -24,7 +26,10 @@ FIRST_MONTH: Final = date(2020, 1, 1)
 
 @dataclass(slots=True)
 class Counts:
-    """What became of a source's events in one partition. As a change, `unattributed` and `unpriced` may be negative."""
+    """What became of a source's events in one partition. As a change, what waits may be negative.
+
+    So may `new`, for what was logged or waited here and turned out to belong elsewhere.
+    """
 
     new: int = 0
     duplicate: int = 0
@@ -33,6 +38,8 @@ class Counts:
     unattributed: int = 0
     unpriced: int = 0
     charged: int = 0
+    unmapped: int = 0
+    rerouted: int = 0
 
 
 class ChargedLine(NamedTuple):
@@ -57,6 +64,7 @@ class LoggedUsage:
     type: str
     occurred_at: datetime
     data: str
+    subject: str | None
 
 
 _NOT_CHARGED: Final = (None, None, None, None, None)
@@ -111,6 +119,19 @@ async def claim(connection: Connection, firsts: Sequence[Usage]) -> dict[Key, by
     return {
         (partition, source, event_id): body_hash for partition, source, event_id, body_hash in await cursor.fetchall()
     }
+
+
+async def find_seen(connection: Connection, keys: Collection[Key]) -> set[Key]:
+    """Which of the keys were ever claimed."""
+    cursor = await connection.execute(
+        """
+        SELECT partition, source, event_id FROM seen
+        JOIN unnest(%s::smallint[], %s::text[], %s::text[]) AS asked (partition, source, event_id)
+             USING (partition, source, event_id)
+        """,
+        [list(column) for column in zip(*keys, strict=True)] or [[], [], []],
+    )
+    return {(partition, source, event_id) for partition, source, event_id in await cursor.fetchall()}
 
 
 async def lock_heads(connection: Connection, partitions: Collection[int]) -> dict[int, Head]:
@@ -169,7 +190,7 @@ async def log_usage(
         cursor.copy(
             """
             COPY usage_log (partition, occurred_at, source, event_id, account, type, recorded_at, data, context,
-                            price_version, line_items, amounts, bundle_number, line_number) FROM STDIN
+                            subject, price_version, line_items, amounts, bundle_number, line_number) FROM STDIN
             """
         ) as copy,
     ):
@@ -186,31 +207,63 @@ async def log_usage(
                     recorded_at[usage.partition],
                     usage.data,
                     usage.context,
+                    None if usage.subject == usage.account else usage.subject,
                     *(line[1:] if line else _NOT_CHARGED),
                 )
             )
 
 
 async def set_aside(connection: Connection, found: Sequence[SetAside], *, recorded_at: Mapping[int, datetime]) -> None:
-    """Note what use waits for."""
+    """Note what use waits for; of use that is unmapped, the body."""
     if not found:
         return
     rows = sorted(found, key=lambda each: each.usage.key)
+    unmapped = [each.reason == "unmapped" for each in rows]
     await connection.execute(
         """
-        INSERT INTO set_aside (partition, source, event_id, account, occurred_at, reason, key, recorded_at)
+        INSERT INTO set_aside (partition, source, event_id, account, occurred_at, reason, key, recorded_at, body)
         SELECT * FROM unnest(%s::smallint[], %s::text[], %s::text[], %s::text[], %s::timestamptz[], %s::text[],
-                             %s::text[], %s::timestamptz[])
+                             %s::text[], %s::timestamptz[], %s::bytea[])
         """,
         [
             [each.usage.partition for each in rows],
             [each.usage.source for each in rows],
             [each.usage.event_id for each in rows],
-            [each.usage.account for each in rows],
+            [None if is_unmapped else each.usage.account for each, is_unmapped in zip(rows, unmapped, strict=True)],
             [each.usage.occurred_at for each in rows],
             [each.reason for each in rows],
             [each.key for each in rows],
             [recorded_at[each.usage.partition] for each in rows],
+            [each.usage.body if is_unmapped else None for each, is_unmapped in zip(rows, unmapped, strict=True)],
+        ],
+    )
+
+
+async def add_reroutes(connection: Connection, found: Iterable[Reroute], *, recorded_at: datetime) -> None:
+    """Note what is to be sent on. Once more changes nothing."""
+    rows = sorted(found, key=lambda each: (each.partition, each.source, each.event_id, each.body_hash))
+    if not rows:
+        return
+    await connection.execute(
+        """
+        INSERT INTO reroutes (partition, source, event_id, body_hash, to_partition, account, occurred_at, body,
+                              recorded_at)
+        SELECT partition, source, event_id, body_hash, to_partition, account, occurred_at, body, %s
+        FROM unnest(%s::smallint[], %s::text[], %s::text[], %s::bytea[], %s::smallint[], %s::text[], %s::timestamptz[],
+                    %s::bytea[])
+             AS found (partition, source, event_id, body_hash, to_partition, account, occurred_at, body)
+        ON CONFLICT DO NOTHING
+        """,
+        [
+            recorded_at,
+            [each.partition for each in rows],
+            [each.source for each in rows],
+            [each.event_id for each in rows],
+            [each.body_hash for each in rows],
+            [each.to for each in rows],
+            [each.account for each in rows],
+            [each.occurred_at for each in rows],
+            [each.body for each in rows],
         ],
     )
 
@@ -247,7 +300,7 @@ async def add_conflicts(
             [each.usage.event_id for each in rows],
             [each.usage.body_hash for each in rows],
             [each.first_body_hash for each in rows],
-            [each.usage.account for each in rows],
+            [each.usage.account or each.usage.subject for each in rows],
             [each.usage.body for each in rows],
             [times[each.usage.key, each.usage.body_hash] for each in rows],
         ],
@@ -288,32 +341,44 @@ async def ensure_months(connection: Connection, months: Iterable[date]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class StoredVersion:
-    """A price version; `models` is JSON."""
+    """A price version; `models` and `further` are JSON."""
 
     id: str
     effective_at: datetime
     models: str
+    further: str | None
 
 
 async def find_price_versions(connection: Connection, *, known: Sequence[str]) -> list[StoredVersion]:
     """All price versions but those known already: they never change."""
     async with connection.cursor(row_factory=class_row(StoredVersion)) as cursor:
         await cursor.execute(
-            "SELECT id, effective_at, models::text AS models FROM price_versions WHERE id <> ALL(%s)", [list(known)]
+            """
+            SELECT id, effective_at, models::text AS models, further::text AS further
+            FROM price_versions WHERE id <> ALL(%s)
+            """,
+            [list(known)],
         )
         return await cursor.fetchall()
 
 
 async def add_price_version(
-    connection: Connection, *, id: str, effective_at: datetime, recorded_at: datetime, source: str, models: str
+    connection: Connection,
+    *,
+    id: str,
+    effective_at: datetime,
+    recorded_at: datetime,
+    source: str,
+    models: str,
+    further: str | None = None,
 ) -> bool:
     """Store a version; False if its id or its time is taken. Waits for another transaction that is taking one."""
     cursor = await connection.execute(
         """
-        INSERT INTO price_versions (id, effective_at, recorded_at, source, models) VALUES (%s, %s, %s, %s, %s::jsonb)
-        ON CONFLICT DO NOTHING
+        INSERT INTO price_versions (id, effective_at, recorded_at, source, models, further)
+        VALUES (%s, %s, %s, %s, %s::jsonb, %s::jsonb) ON CONFLICT DO NOTHING
         """,
-        [id, effective_at, recorded_at, source, models],
+        [id, effective_at, recorded_at, source, models, further],
     )
     return cursor.rowcount == 1
 
@@ -351,7 +416,7 @@ async def find_unpriced(
     async with connection.cursor(row_factory=class_row(LoggedUsage)) as cursor:
         await cursor.execute(
             """
-            SELECT l.partition, l.source, l.event_id, l.account, l.type, l.occurred_at, l.data::text AS data
+            SELECT l.partition, l.source, l.event_id, l.account, l.type, l.occurred_at, l.data::text AS data, l.subject
             FROM (SELECT s.partition, s.source, s.event_id, s.occurred_at
                   FROM unnest(%(since)s::timestamptz[], %(until)s::timestamptz[]) AS priced (since, until)
                   JOIN set_aside AS s ON s.partition = %(partition)s AND s.reason = 'unpriced' AND s.key = %(key)s
@@ -381,19 +446,24 @@ async def add_to_directory(connection: Connection, *, partition: int, account: s
     )
 
 
-async def find_set_aside(
-    connection: Connection, *, partition: int, reason: Reason, key: str, limit: int
+async def find_unattributed(
+    connection: Connection, *, partition: int, account: str, is_alias: bool, limit: int
 ) -> list[LoggedUsage]:
-    """Use that waits for `key`. The caller holds the partition's head."""
+    """Use that waits for an account to be opened. The caller holds the partition's head.
+
+    `is_alias`: only what other names of the account brought here.
+    """
+    brought = "JOIN usage_log AS l USING (partition, occurred_at, source, event_id)" if is_alias else ""
     async with connection.cursor(row_factory=class_row(LoggedUsage)) as cursor:
         await cursor.execute(
-            """
-            SELECT l.partition, l.source, l.event_id, l.account, l.type, l.occurred_at, l.data::text AS data
-            FROM (SELECT partition, source, event_id, occurred_at FROM set_aside
-                  WHERE partition = %(partition)s AND reason = %(reason)s AND key = %(key)s LIMIT %(limit)s) AS waiting
+            f"""
+            SELECT l.partition, l.source, l.event_id, l.account, l.type, l.occurred_at, l.data::text AS data, l.subject
+            FROM (SELECT partition, source, event_id, occurred_at FROM set_aside AS s {brought}
+                  WHERE partition = %(partition)s AND s.reason = 'unattributed' AND s.key = %(account)s
+                    {"AND l.subject IS NOT NULL" if is_alias else ""} LIMIT %(limit)s) AS waiting
             JOIN usage_log AS l USING (partition, occurred_at, source, event_id)
             """,
-            {"partition": partition, "reason": reason, "key": key, "limit": limit},
+            {"partition": partition, "account": account, "limit": limit},
         )
         return await cursor.fetchall()
 
@@ -449,5 +519,261 @@ async def wait_for_price(connection: Connection, found: Sequence[SetAside]) -> N
             [each.usage.source for each in found],
             [each.usage.event_id for each in found],
             [each.key for each in found],
+        ],
+    )
+
+
+# Aliases --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TakenUsage:
+    """Use that does not wait for an alias any more. What was logged has `data` and `context`, the rest its `body`."""
+
+    source: str
+    event_id: str
+    type: str | None
+    occurred_at: datetime
+    body_hash: bytes
+    body: bytes | None
+    data: str | None
+    context: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """What publishers call an account."""
+
+    subject: str
+    account: str
+    recorded_at: datetime
+    recorded_by: str
+
+
+async def find_aliases(connection: Connection, subjects: Collection[Subject]) -> dict[Subject, str]:
+    """Which of the subjects are aliases, and of which accounts. The caller holds the heads of their partitions."""
+    cursor = await connection.execute(
+        """
+        SELECT partition, subject, account FROM aliases
+        JOIN unnest(%s::smallint[], %s::text[]) AS asked (partition, subject) USING (partition, subject)
+        """,
+        [[partition for partition, _ in subjects], [subject for _, subject in subjects]],
+    )
+    return {(partition, subject): account for partition, subject, account in await cursor.fetchall()}
+
+
+async def find_alias(connection: Connection, *, partition: int, subject: str) -> Alias | None:
+    """The alias of a subject."""
+    async with connection.cursor(row_factory=class_row(Alias)) as cursor:
+        await cursor.execute(
+            "SELECT subject, account, recorded_at, recorded_by FROM aliases WHERE partition = %s AND subject = %s",
+            [partition, subject],
+        )
+        return await cursor.fetchone()
+
+
+async def list_aliases(connection: Connection, *, after: Subject, limit: int) -> list[Alias]:
+    """Aliases after a place, in the order of partitions and subjects."""
+    async with connection.cursor(row_factory=class_row(Alias)) as cursor:
+        await cursor.execute(
+            """
+            SELECT subject, account, recorded_at, recorded_by FROM aliases
+            WHERE (partition, subject) > (%s::smallint, %s::text) ORDER BY partition, subject LIMIT %s
+            """,
+            [*after, limit],
+        )
+        return await cursor.fetchall()
+
+
+async def add_alias(connection: Connection, alias: Alias, *, partition: int) -> None:
+    """Store an alias that is not there. The caller holds the partition's head."""
+    await connection.execute(
+        """
+        INSERT INTO aliases (partition, subject, account, recorded_at, recorded_by, pending)
+        VALUES (%s, %s, %s, %s, %s, true)
+        """,
+        [partition, alias.subject, alias.account, alias.recorded_at, alias.recorded_by],
+    )
+
+
+async def delete_alias(connection: Connection, *, partition: int, subject: str) -> bool:
+    """Forget an alias; whether there was one. The caller holds the partition's head."""
+    cursor = await connection.execute("DELETE FROM aliases WHERE partition = %s AND subject = %s", [partition, subject])
+    return cursor.rowcount == 1
+
+
+async def find_pending_aliases(connection: Connection, partitions: Collection[int]) -> list[Subject]:
+    """Aliases that use may have waited for that is not on its way yet."""
+    cursor = await connection.execute(
+        "SELECT partition, subject FROM aliases WHERE pending AND partition = ANY(%s) ORDER BY partition, subject",
+        [sorted(partitions)],
+    )
+    return [(partition, subject) for partition, subject in await cursor.fetchall()]
+
+
+async def settle_alias(connection: Connection, *, partition: int, subject: str) -> None:
+    """Note that nothing waits for an alias any more, and nothing ever will. The caller holds the partition's head."""
+    await connection.execute(
+        "UPDATE aliases SET pending = false WHERE partition = %s AND subject = %s", [partition, subject]
+    )
+
+
+async def take_waiting(
+    connection: Connection, *, partition: int, subject: str, reason: Reason, limit: int
+) -> list[TakenUsage]:
+    """Let use wait no longer that waits under a subject, and take it out of the log if it is logged.
+
+    The caller holds the partition's head, and logs it anew or sends it on in the same transaction.
+    """
+    if reason == "unmapped":
+        statement = """
+            WITH waiting AS (
+                DELETE FROM set_aside WHERE (partition, source, event_id) IN (
+                    SELECT partition, source, event_id FROM set_aside
+                    WHERE partition = %(partition)s AND reason = 'unmapped' AND key = %(subject)s LIMIT %(limit)s
+                ) RETURNING source, event_id, occurred_at, body
+            )
+            SELECT w.source, w.event_id, NULL AS type, w.occurred_at, s.body_hash, w.body, NULL AS data, NULL AS context
+            FROM waiting AS w
+            JOIN seen AS s ON s.partition = %(partition)s AND (s.source, s.event_id) = (w.source, w.event_id)
+            """
+    else:
+        # What other names brought to this account stays its own.
+        statement = """
+            WITH waiting AS (
+                DELETE FROM set_aside WHERE (partition, source, event_id) IN (
+                    SELECT partition, source, event_id
+                    FROM set_aside AS s JOIN usage_log AS l USING (partition, occurred_at, source, event_id)
+                    WHERE partition = %(partition)s AND s.reason = %(reason)s AND s.key = %(subject)s
+                      AND l.subject IS NULL LIMIT %(limit)s
+                ) RETURNING source, event_id, occurred_at
+            )
+            SELECT l.source, l.event_id, l.type, l.occurred_at, s.body_hash, NULL AS body, l.data::text AS data,
+                   l.context::text AS context
+            FROM (SELECT array_agg(occurred_at ORDER BY source, event_id) AS times,
+                         array_agg(source ORDER BY source, event_id) AS sources,
+                         array_agg(event_id ORDER BY source, event_id) AS event_ids FROM waiting) AS w
+            CROSS JOIN LATERAL take_from_log(%(partition)s::smallint, w.times, w.sources, w.event_ids) AS l
+            JOIN seen AS s ON s.partition = %(partition)s AND (s.source, s.event_id) = (l.source, l.event_id)
+            """
+    async with connection.cursor(row_factory=class_row(TakenUsage)) as cursor:
+        await cursor.execute(statement, {"partition": partition, "subject": subject, "reason": reason, "limit": limit})
+        return await cursor.fetchall()
+
+
+async def find_reroutes(connection: Connection, partitions: Collection[int], *, limit: int) -> list[Reroute]:
+    """What is to be sent on from partitions."""
+    async with connection.cursor(row_factory=class_row(Reroute)) as cursor:
+        await cursor.execute(
+            """
+            SELECT partition, source, event_id, body_hash, to_partition AS "to", account, occurred_at, body
+            FROM reroutes WHERE partition = ANY(%s) ORDER BY partition, source, event_id, body_hash LIMIT %s
+            """,
+            [sorted(partitions), limit],
+        )
+        return await cursor.fetchall()
+
+
+async def delete_reroutes(connection: Connection, sent: Sequence[Reroute]) -> None:
+    """Forget what the stream has by now."""
+    await connection.execute(
+        """
+        DELETE FROM reroutes USING unnest(%s::smallint[], %s::text[], %s::text[], %s::bytea[])
+            AS sent (partition, source, event_id, body_hash)
+        WHERE (reroutes.partition, reroutes.source, reroutes.event_id, reroutes.body_hash)
+            = (sent.partition, sent.source, sent.event_id, sent.body_hash)
+        """,
+        [
+            [each.partition for each in sent],
+            [each.source for each in sent],
+            [each.event_id for each in sent],
+            [each.body_hash for each in sent],
+        ],
+    )
+
+
+# Answers --------------------------------------------------------------------------------------------------------------
+
+ANSWERS_KEPT_SECONDS: Final = 600
+
+
+async def answer(connection: Connection, answers: Mapping[tuple[int, str], str], *, recorded_at: datetime) -> None:
+    """Say what became of reports that somebody asks about. The first answer stands: a repeat would say otherwise."""
+    keys = sorted(answers)
+    await connection.execute(
+        """
+        INSERT INTO answers (partition, question, outcome, recorded_at)
+        SELECT partition, question, outcome, %s FROM unnest(%s::smallint[], %s::text[], %s::text[])
+             AS told (partition, question, outcome)
+        ON CONFLICT DO NOTHING
+        """,
+        [
+            recorded_at,
+            [partition for partition, _ in keys],
+            [question for _, question in keys],
+            [answers[key] for key in keys],
+        ],
+    )
+
+
+async def take_answers(connection: Connection, questions: Collection[tuple[int, str]]) -> dict[str, str]:
+    """What became of those reports that have been looked at, by question. Each is told once."""
+    cursor = await connection.execute(
+        """
+        DELETE FROM answers USING unnest(%s::smallint[], %s::text[]) AS asked (partition, question)
+        WHERE (answers.partition, answers.question) = (asked.partition, asked.question)
+        RETURNING answers.question, answers.outcome
+        """,
+        [[partition for partition, _ in questions], [question for _, question in questions]],
+    )
+    found: dict[str, str] = dict(await cursor.fetchall())
+    return found
+
+
+async def forget_answers(connection: Connection) -> None:
+    """Forget what nobody fetched."""
+    await connection.execute(
+        "DELETE FROM answers WHERE recorded_at < clock_timestamp() - make_interval(secs => %s)",
+        [ANSWERS_KEPT_SECONDS],
+    )
+
+
+# Counts of periods ----------------------------------------------------------------------------------------------------
+
+
+async def find_counters(connection: Connection, keys: Collection[CounterKey]) -> dict[CounterKey, Counter]:
+    """What was counted under own prices. The caller holds the partitions' heads: nobody else counts meanwhile."""
+    if not keys:
+        return {}
+    cursor = await connection.execute(
+        """
+        SELECT partition, account, price_id, period, quantity, credit FROM price_counters
+        JOIN unnest(%s::smallint[], %s::text[], %s::text[], %s::timestamptz[])
+             AS asked (partition, account, price_id, period) USING (partition, account, price_id, period)
+        """,
+        [list(column) for column in zip(*keys, strict=True)],
+    )
+    return {
+        (partition, account, price_id, period.astimezone(UTC)): Counter(quantity=quantity, credit=credit)
+        for partition, account, price_id, period, quantity, credit in await cursor.fetchall()
+    }
+
+
+async def write_counters(connection: Connection, counters: Mapping[CounterKey, Counter]) -> None:
+    """Write where counters stand now."""
+    if not counters:
+        return
+    keys = sorted(counters)
+    await connection.execute(
+        """
+        INSERT INTO price_counters (partition, account, price_id, period, quantity, credit)
+        SELECT * FROM unnest(%s::smallint[], %s::text[], %s::text[], %s::timestamptz[], %s::numeric[], %s::bigint[])
+        ON CONFLICT (partition, account, price_id, period)
+        DO UPDATE SET quantity = excluded.quantity, credit = excluded.credit
+        """,
+        [
+            *(list(column) for column in zip(*keys, strict=True)),
+            [counters[key].quantity for key in keys],
+            [counters[key].credit for key in keys],
         ],
     )

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from typing import Final, TypeVar
 
 import psycopg
@@ -23,6 +24,7 @@ from services.kit.settings import ServiceSettings
 from services.kit.telemetry import FAULTS, REGISTRY, get_logger
 from services.metering import handlers, translate
 from services.metering.domain.prices import PriceBook
+from services.metering.domain.usage import AGE_MAX
 from services.metering.handlers import Batch, Ingested, Known, Reading
 
 log = get_logger(__name__)
@@ -31,7 +33,8 @@ Result = TypeVar("Result")
 
 EVENTS: Final = Counter(
     "scrip_metering_events",
-    "Events by what became of them: new, duplicate, conflicting, dead; the new: charged, unattributed, unpriced.",
+    "Events by what became of them: new, duplicate, conflicting, dead, rerouted; the new: charged, unattributed,"
+    " unpriced, unmapped.",
     ("outcome",),
     registry=REGISTRY,
 )
@@ -77,10 +80,13 @@ class UsageSubscriber:
         price_book: Callable[[], PriceBook],
         known: Known,
         notify: Callable[[Sequence[OutboxRow]], None],
+        rerouted: Callable[[], None] = lambda: None,
+        age_max: timedelta = AGE_MAX,
         attempt_seconds_max: float = 10.0,
     ) -> None:
         """`writer` is the subscriber's own. `notify` is told what has been committed to the outbox.
 
+        `rerouted` is told that there is something to be sent on. `age_max`: older use is refused.
         `attempt_seconds_max` is well below the consumer's ack_wait: after each attempt more time is asked for.
         """
         self._reader = reader
@@ -89,6 +95,8 @@ class UsageSubscriber:
         self._price_book = price_book
         self._known = known
         self._notify = notify
+        self._rerouted = rerouted
+        self._age_max = age_max
         self._attempt_seconds_max = attempt_seconds_max
         self._read: asyncio.Queue[_Work | None] = asyncio.Queue(maxsize=1)
         self._stopping = False
@@ -115,7 +123,7 @@ class UsageSubscriber:
         await self._read.put(None)
 
     async def _read_batch(self, messages: Sequence[Msg]) -> Batch:
-        reading = Reading(price_book=self._price_book(), received_at=now())
+        reading = Reading(price_book=self._price_book(), received_at=now(), age_max=self._age_max)
         for start in range(0, len(messages), READ_SLICE):
             reading.add(messages[start : start + READ_SLICE])
             # Others have their turn: readiness, HTTP, the commit of the batch before.
@@ -141,6 +149,8 @@ class UsageSubscriber:
                 await self._ingest(half, await self._read_batch(half))
             return
         self._notify(ingested.rows)
+        if ingested.counts.rerouted:
+            self._rerouted()
         await self._reader.ack(messages)
         self._report(messages, ingested)
 
@@ -190,6 +200,8 @@ class UsageSubscriber:
         LAG_SECONDS.set(max(0, (now() - translate.stored_at(messages[0])).total_seconds()))
         if counts.dead:
             log.warning("events dead-lettered", events=counts.dead)
+        if counts.unpriced:
+            log.warning("use set aside for want of a price: see /api/v1/set-aside", events=counts.unpriced)
         for conflict in ingested.conflicts:
             CONFLICTS.inc()
             log.error(

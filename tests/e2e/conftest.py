@@ -38,6 +38,9 @@ class Api:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         return httpx2.post(self.url + path, json=body, headers=self._headers | named, timeout=10, trust_env=False)
 
+    def put(self, path: str, body: object) -> httpx2.Response:
+        return httpx2.put(self.url + path, json=body, headers=self._headers, timeout=10, trust_env=False)
+
     def json(self, path: str) -> Any:
         response = self.get(path)
         assert response.is_success, response.text

@@ -3,6 +3,7 @@
 import time
 from datetime import timedelta
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -20,7 +21,7 @@ def test_over_http_all_problems_of_all_events_are_named_at_once(reporter: Api) -
     account = fresh("bad")
     good = event(fresh("good"), account)
     floats = event(fresh("floats"), account, data=good["data"] | {"input_tokens": 1.5, "output_tokens": -1})
-    stranger = event(fresh("stranger"), "a//b", source="gateway", time=at(timedelta(minutes=6)))
+    stranger = event(fresh("stranger"), "a\x07b", source="gateway", time=at(timedelta(minutes=6)))
     answer = reporter.post(
         "/api/v1/events", [good, floats, stranger, "text"], content_type="application/cloudevents-batch+json"
     )
@@ -63,15 +64,32 @@ def test_an_event_too_far_ahead_is_dead_lettered_and_charged_once_when_redriven_
     assert metering.post(f"/dead-letters/{letter['id']}/redrive", None).status_code == 409
 
 
-def test_an_event_on_a_strange_partition_is_dead_lettered_and_charged_once_when_redriven(
+def test_an_event_on_a_strange_partition_is_sent_on_and_charged_once(
     stack: ScratchStack, metering: Api, ledger: Api
 ) -> None:
     account = _opened(ledger, fresh("lost"))
     stray = event(fresh("stray"), account)
     send(stack, stray, stray, account=account, partition=(partition_of(account) + 1) % 64)
-    letters = eventually(lambda: _letters_with(metering, stray["id"]), lambda found: len(found) == 2)
-    for letter in letters:
-        assert metering.post(f"/dead-letters/{letter['id']}/redrive", None).is_success
+    _charged(ledger, account, COST)
+    assert _letters_with(metering, stray["id"]) == []
+
+
+def test_use_of_a_foreign_subject_is_kept_and_charged_once_when_it_is_mapped(
+    reporter: Api, metering: Api, ledger: Api
+) -> None:
+    account, subject = _opened(ledger, fresh("mapped")), fresh("Müller & Söhne")
+    use = event(fresh("use"), subject)
+    assert reporter.post("/api/v1/events", [use, use], content_type="application/json").status_code == 204
+
+    def unmapped() -> list[dict[str, Any]]:
+        found = metering.json(f"/api/v1/set-aside?reason=unmapped&key={quote(subject)}")["set_aside"]
+        return list(found)
+
+    eventually(unmapped, lambda found: len(found) == 1)
+    assert metering.put(f"/api/v1/aliases/{quote(subject)}", {"account": account}).status_code == 201
+    _charged(ledger, account, COST)
+    assert unmapped() == []
+    assert reporter.post("/api/v1/events", use).status_code == 204
     _charged(ledger, account, COST)
 
 

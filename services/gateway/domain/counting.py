@@ -7,18 +7,22 @@ counts for more, a token for every 8. Tokens of reasoning are not seen, so they 
 from dataclasses import dataclass
 from typing import Final
 
+from contracts.usage import Counts
+
 BYTES_PER_TOKEN_MAX: Final = 8
 BYTES_PER_TOKEN: Final = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reported:
-    """What a provider says that a call used. Cached tokens are part of the input, reasoning of the output."""
+    """What a provider says that a call used. Cached is part of the input, reasoning of the output, audio of each."""
 
     input_tokens: int
     output_tokens: int
     cached_tokens: int = 0
     reasoning_tokens: int = 0
+    input_audio_tokens: int = 0
+    output_audio_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +34,26 @@ class Counted:
     estimated: bool
     cached_tokens: int = 0
     reasoning_tokens: int = 0
+    input_audio_tokens: int = 0
+    output_audio_tokens: int = 0
+
+    def counts(self, *, audio: bool) -> Counts | None:
+        """Of which kinds the tokens are, as far as a call was quoted for it: `audio`, if it asked for that.
+
+        A provider's parts may not fit into its totals. What is said of a call must, whatever it says.
+        """
+        cached = min(self.cached_tokens, self.input_tokens)
+        reasoning = min(self.reasoning_tokens, self.output_tokens)
+        heard = min(self.input_audio_tokens, self.input_tokens - cached) if audio else 0
+        spoken = min(self.output_audio_tokens, self.output_tokens - reasoning) if audio else 0
+        if not (cached or reasoning or heard or spoken):
+            return None
+        return Counts(
+            cached_input_tokens=cached,
+            reasoning_tokens=reasoning,
+            input_audio_tokens=heard,
+            output_audio_tokens=spoken,
+        )
 
 
 @dataclass(slots=True)
@@ -41,6 +65,7 @@ class Seen:
     text_bytes: int = 0
     reported: Reported | None = None
     served_model: str | None = None
+    service_tier: str | None = None
 
     def add(self, text_bytes: int) -> None:
         """A piece of an answer with content."""
@@ -67,6 +92,8 @@ def counted(seen: Seen, *, input_tokens_estimate: int, complete: bool) -> Counte
         estimated=not complete,
         cached_tokens=reported.cached_tokens,
         reasoning_tokens=reported.reasoning_tokens,
+        input_audio_tokens=reported.input_audio_tokens,
+        output_audio_tokens=reported.output_audio_tokens,
     )
 
 

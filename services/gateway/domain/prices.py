@@ -11,11 +11,15 @@ from services.gateway.domain.errors import ModelNotPriced, NoProvider, Unavailab
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PricedModel:
-    """A model that may be called: whose it is, and the price version that a call of it is pinned to."""
+    """A model that may be called: whose it is, and the price version that a call of it is pinned to.
+
+    `account`: who calls it, for prices that are not those of everybody.
+    """
 
     provider: str
     model: str
     version: PriceVersion
+    account: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

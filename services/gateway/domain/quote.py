@@ -2,18 +2,23 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from contracts.money import Unit, format_amount, parse_amount
-from contracts.pricing import rate
+from contracts.pricing import Unpriced, rate, rate_at_most
 from contracts.usage import TOKENS_MAX, ModelUsed
-from services.gateway.domain.errors import RequestInvalid
+from services.gateway.domain.errors import ModelNotPriced, RequestInvalid
 from services.gateway.domain.prices import PricedModel
 from services.gateway.domain.request import ChatRequest
+
+# Of which kinds tokens may turn out to be: of any call, and of one that has to do with audio.
+_PARTS: Final = frozenset({"cached_input_tokens", "reasoning_tokens"})
+_AUDIO_PARTS: Final = _PARTS | {"input_audio_tokens", "output_audio_tokens"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quote:
-    """The most a call is expected to use, and what that costs per unit, in the unit's steps."""
+    """The most a call is expected to use, and the most that can cost per unit, in the unit's steps."""
 
     used: ModelUsed
     amounts: Mapping[str, int]
@@ -31,7 +36,7 @@ def quote(
     """The quote of a call: its input bounded from above, its output by the first of these that is known.
 
     The request's own limit; what this account's calls of the model lately produced; the model's maximum.
-    RequestInvalid.
+    RequestInvalid, ModelNotPriced.
     """
     per_choice = request.output_tokens_max
     if per_choice is None:
@@ -46,13 +51,30 @@ def quote(
         output_tokens=output_tokens,
         own_key=own_key,
         price_version=priced.version.id,
+        service_tier=priced_tier(request, priced),
     )
-    return Quote(used=used, amounts=cost(used, priced, units=units))
+    try:
+        return Quote(used=used, amounts=_most(used, request, priced, units=units))
+    except Unpriced as error:
+        raise ModelNotPriced(model=priced.model, price_version=priced.version.id) from error
+
+
+def priced_tier(request: ChatRequest, priced: PricedModel) -> str | None:
+    """The service tier that a request asks for, if the model has prices for it."""
+    tier = request.dearer_tier
+    return tier if tier is not None and priced.version.has_tier(priced.provider, priced.model, tier) else None
+
+
+def _most(
+    used: ModelUsed, request: ChatRequest, priced: PricedModel, *, units: Mapping[str, Unit]
+) -> Mapping[str, int]:
+    parts = _AUDIO_PARTS if request.has_audio else _PARTS
+    return rate_at_most(used, price_version=priced.version, units=units, parts=parts, account=priced.account)
 
 
 def cost(used: ModelUsed, priced: PricedModel, *, units: Mapping[str, Unit]) -> Mapping[str, int]:
     """What use costs under the version that its call is pinned to."""
-    return rate(used, price_version=priced.version, units=units).amounts
+    return rate(used, price_version=priced.version, units=units, account=priced.account).amounts
 
 
 def affordable_max_tokens(
@@ -69,7 +91,7 @@ def affordable_max_tokens(
 
     def fits(tokens: int) -> bool:
         used = quoted.used.model_copy(update={"output_tokens": tokens * request.choices})
-        return amount_of(unit, cost(used, priced, units=units), units=units) <= left
+        return amount_of(unit, _most(used, request, priced, units=units), units=units) <= left
 
     if not fits(0):
         return 0

@@ -44,6 +44,7 @@ class ChatRequest:
     input_tokens_bound: int
     input_tokens_estimate: int
     dearer_tier: str | None
+    has_audio: bool = False
 
 
 def chat_request(body: Mapping[str, Any], *, image_tokens_max: int) -> ChatRequest:
@@ -68,6 +69,18 @@ def chat_request(body: Mapping[str, Any], *, image_tokens_max: int) -> ChatReque
         input_tokens_bound=TOKENS_PER_REQUEST_MAX + bound + other,
         input_tokens_estimate=estimate + -(-other // BYTES_PER_TOKEN),
         dearer_tier=None if tier is None or tier in _TIERS else str(tier),
+        has_audio=_has_audio(body, messages),
+    )
+
+
+def _has_audio(body: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a call may have tokens of audio: it speaks, or is spoken to, or was before."""
+    parts = (part for message in messages if isinstance(message.get("content"), list) for part in message["content"])
+    return (
+        body.get("modalities") not in (None, ["text"])
+        or body.get("audio") is not None
+        or any(message.get("audio") is not None for message in messages)
+        or any(isinstance(part, dict) and part.get("type") == "input_audio" for part in parts)
     )
 
 

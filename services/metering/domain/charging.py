@@ -10,8 +10,8 @@ from contracts.pricing import Rated
 from services.metering.domain.prices import NoPrice
 from services.metering.domain.usage import Usage
 
-# What a use waits for: that its account is opened, or that its model gets a price.
-Reason = Literal["unattributed", "unpriced"]
+# What a use waits for: that its account is opened, that it gets a price, or that its subject is mapped to an account.
+Reason = Literal["unattributed", "unpriced", "unmapped"]
 
 _STEP: Final = timedelta(microseconds=1)
 
@@ -26,7 +26,10 @@ class Charge:
 
 @dataclass(frozen=True, slots=True)
 class SetAside:
-    """A use that is logged and not charged yet. `key` is what it waits for: an account, or a price (NoPrice)."""
+    """A use that is not charged yet. `key` is what it waits for: an account, a price (NoPrice), or a subject's alias.
+
+    It is logged, unless it waits for an alias: then nobody knows whose it is.
+    """
 
     usage: Usage
     reason: Reason

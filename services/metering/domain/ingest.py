@@ -1,9 +1,15 @@
-"""Telling new use from repeats and conflicts, whatever the order, batching or redelivery."""
+"""Telling new use from repeats and conflicts, and where it belongs, whatever the order, batching or redelivery."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from services.metering.domain.usage import Key, Usage
+import msgspec
+
+from contracts.partition import partition_of
+from services.metering.domain.usage import Key, Reroute, Usage, reroute
+
+# A subject, with its partition.
+Subject = tuple[int, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +52,30 @@ def judge(usages: Sequence[Usage], *, claimed: Mapping[Key, bytes]) -> Judged:
         else:
             conflicts.append(Conflict(usage=usage, first_body_hash=first_body_hash))
     return Judged(new=new, repeats=repeats, conflicts=conflicts)
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Where new use belongs: it is logged here, or sent on, or waits for an alias. Every use is in one of the three."""
+
+    here: Sequence[Usage]
+    elsewhere: Sequence[Reroute]
+    unmapped: Sequence[Usage]
+
+
+def place(usages: Iterable[Usage], *, aliases: Mapping[Subject, str]) -> Placed:
+    """Sort use by where its account lives. An alias counts before an account of the same name."""
+    here, elsewhere, unmapped = [], [], []
+    for usage in usages:
+        account = None if usage.is_mapped else aliases.get((usage.partition, usage.subject))
+        if account is not None:
+            to = partition_of(account)
+            if to == usage.partition:
+                here.append(msgspec.structs.replace(usage, account=account))
+            else:
+                elsewhere.append(reroute(usage, partition=usage.partition, to=to, account=account))
+        elif usage.account:
+            here.append(usage)
+        else:
+            unmapped.append(usage)
+    return Placed(here=here, elsewhere=elsewhere, unmapped=unmapped)

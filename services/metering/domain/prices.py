@@ -1,15 +1,29 @@
 """The price book: which version holds for a use, what the use costs under it, and which versions may be added."""
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from decimal import Decimal
 from itertools import pairwise
-from typing import Final
+from typing import Any, Final
+
+import msgspec
 
 from contracts.money import Unit
-from contracts.pricing import PriceVersion, Quantity, Rate, Rated, Unpriced, rate
-from services.metering.domain.usage import Usage
+from contracts.pricing import (
+    Counter,
+    NotMeasurable,
+    Override,
+    PriceVersion,
+    Rate,
+    Rated,
+    Unpriced,
+    periods,
+    rate,
+    rate_event,
+)
+from services.metering.domain.usage import Key, Usage
 
 # How far back a version may take effect without being called backdated: it was under way.
 LATE_MAX: Final = timedelta(minutes=1)
@@ -20,17 +34,33 @@ Times = tuple[datetime | None, datetime | None]
 
 ALWAYS: Final[Times] = (None, None)
 _VERSION: Final = "version:"
+_TYPE: Final = "type:"
+_LOOKED_AT: Final = "looked_at:"
+_DATA: Final = msgspec.json.Decoder(float_hook=Decimal)
 
 
 @dataclass(frozen=True, slots=True)
 class NoPrice:
     """The price book has no price for a use. It is set aside under `key`, never charged 0.
 
-    `key` is `provider/model`; or `version:<id>`, if the use is pinned to a version that is not known (yet); or
-    `version:<id>/provider/model`, if that version is known and has no price for the model, and thus never will.
+    `key` is `provider/model`, and behind a space what of the call has no price, if only that is missing; `type:<type>`
+    of an event that is no call of a model, or `looked_at:<id>/<type>` if that version has prices for the type, and yet
+    none for this one, or none that its data can be measured by; or `version:<id>`, if the use is pinned to a version
+    that is not known (yet); or `version:<id>/provider/model`, if that version has no price for it, and never will.
     """
 
     key: str
+
+
+# What is counted under an own price: for whom, which price, in which period.
+CounterKey = tuple[int, str, str, datetime]
+
+
+@dataclass(frozen=True, slots=True)
+class CountedFirst:
+    """A use that costs what the counts of its periods say. They are read, and written, under its partition's head."""
+
+    counters: Sequence[CounterKey]
 
 
 class VersionRefused(ValueError):
@@ -76,6 +106,18 @@ class InThePast(VersionRefused):
         )
 
 
+class CountedOtherwise(VersionRefused):
+    """An own price would count another quantity than the one of that id does in another version."""
+
+    code = "counted_otherwise"
+
+    def __init__(self, version: PriceVersion, other: PriceVersion, price: str) -> None:
+        super().__init__(
+            f"the own price {price} counts something else in price version {version.id} than in {other.id}:"
+            " give it another id"
+        )
+
+
 class PriceBook:
     """Price versions in the order of their times. Of two with one time, or one id, there can be none."""
 
@@ -88,7 +130,7 @@ class PriceBook:
         if len(self._by_id) != len(self._versions) or len(set(self._times)) != len(self._times):
             raise ValueError(f"two price versions share an id or a time: {[version.id for version in self._versions]}")
         for version in self._versions:
-            unknown = {each.unit for rates in version.rates.values() for each in rates} - self._units.keys()
+            unknown = set(_units_of(version)) - self._units.keys()
             if unknown:
                 raise ValueError(f"price version {version.id} prices in unknown units: {sorted(unknown)}")
 
@@ -119,9 +161,17 @@ class PriceBook:
         """The version in force at `time`, and those that come later."""
         return self._versions[max(bisect_right(self._times, time) - 1, 0) :]
 
-    def price(self, usage: Usage) -> Rated | NoPrice:
-        """What a use costs under the version it is pinned to, else under that of its own time, whenever reported."""
-        model, pinned = f"{usage.used.provider}/{usage.used.model}", usage.used.price_version
+    def price(
+        self, usage: Usage, *, counted: Mapping[CounterKey, Counter] | None = None
+    ) -> Rated | NoPrice | CountedFirst:
+        """What a use costs under the version it is pinned to, else under that of its own time, whenever reported.
+
+        CountedFirst if that depends on what was used before in a period, unless `counted` says what that was.
+        """
+        used = usage.used
+        if used is None:
+            return self._price_event(usage, counted)
+        model, pinned = f"{used.provider}/{used.model}", used.price_version
         if pinned is None:
             version, missing = self.version_at(usage.occurred_at), model
         else:
@@ -130,18 +180,45 @@ class PriceBook:
         if version is None:
             return NoPrice(key=missing)
         try:
-            return rate(usage.used, price_version=version, units=self._units)
-        except Unpriced:
-            return NoPrice(key=missing)
+            return rate(used, price_version=version, units=self._units, account=usage.account)
+        except Unpriced as refusal:
+            return NoPrice(key=f"{missing} {','.join(refusal.missing)}" if refusal.missing else missing)
+
+    def _price_event(
+        self, usage: Usage, counted: Mapping[CounterKey, Counter] | None
+    ) -> Rated | NoPrice | CountedFirst:
+        missing = NoPrice(key=f"{_TYPE}{usage.type}")
+        version = self.version_at(usage.occurred_at)
+        if version is None:
+            return missing
+        began = periods(usage.type, occurred_at=usage.occurred_at, price_version=version, account=usage.account)
+        keys = {price: (usage.partition, usage.account, price, at) for price, at in began.items()}
+        if keys and counted is None:
+            return CountedFirst(list(keys.values()))
+        try:
+            rated = rate_event(
+                usage.type,
+                _read_data(usage.data),
+                occurred_at=usage.occurred_at,
+                price_version=version,
+                units=self._units,
+                account=usage.account,
+                counted={price: found for price, key in keys.items() if (found := (counted or {}).get(key))},
+            )
+        except NotMeasurable:
+            rated = None
+        if rated is None and any(each.type == usage.type for each in version.prices):
+            # Not found again under this version, however often somebody looks.
+            return NoPrice(key=f"{_LOOKED_AT}{version.id}/{usage.type}")
+        return missing if rated is None else rated
 
     def priced_times(self, key: str) -> Sequence[Times]:
         """When use that is set aside under `key` must have happened to be worth a look; empty if there is no hope."""
         if key.startswith(_VERSION):
             return [ALWAYS] if key.removeprefix(_VERSION) in self._by_id else []
-        provider, _, model = key.partition("/")
         found: list[Times] = []
         for version, until in pairwise([*self._versions, None]):
-            if version is not None and (provider, model) in version.rates:
+            if version is not None and self._may_price(version, key):
                 end = None if until is None else until.effective_at
                 if found and found[-1][1] == version.effective_at:
                     found[-1] = (found[-1][0], end)
@@ -149,9 +226,55 @@ class PriceBook:
                     found.append((version.effective_at, end))
         return found
 
+    def _may_price(self, version: PriceVersion, key: str) -> bool:
+        """Whether a version has what use waits for under a key."""
+        if key.startswith(_TYPE):
+            return any(each.type == key.removeprefix(_TYPE) for each in version.prices)
+        if key.startswith(_LOOKED_AT):
+            id, _, type = key.removeprefix(_LOOKED_AT).partition("/")
+            return version.id != id and any(each.type == type for each in version.prices)
+        name, _, missing = key.partition(" ")
+        provider, _, model = name.partition("/")
+        return version.covers(provider, model, missing.split(",") if missing else (), units=self._units)
+
+
+def rate_in_order(
+    usages: Iterable[Usage], *, book: PriceBook, counters: Mapping[CounterKey, Counter]
+) -> tuple[dict[Key, Rated | NoPrice], dict[CounterKey, Counter]]:
+    """What uses cost that are counted, one after the other in the order of their times; and the counters that moved."""
+    now = dict(counters)
+    found: dict[Key, Rated | NoPrice] = {}
+    moved: dict[CounterKey, Counter] = {}
+    for usage in sorted(usages, key=lambda usage: (usage.occurred_at, usage.source, usage.event_id)):
+        price = book.price(usage, counted=now)
+        assert not isinstance(price, CountedFirst)
+        found[usage.key] = price
+        if isinstance(price, Rated):
+            for each in price.counting:
+                key = (usage.partition, usage.account, each.price_id, each.period)
+                now[key] = moved[key] = each.counter
+    return found, moved
+
+
+def _read_data(data: str) -> Mapping[str, Any]:
+    """The data of an event. Numbers are what was written, to the last digit."""
+    found = _DATA.decode(data)
+    return found if isinstance(found, dict) else {}
+
+
+def _units_of(version: PriceVersion) -> Iterator[str]:
+    layers: Iterable[PriceVersion | Override] = (version, *version.plans.values(), *version.accounts.values())
+    for each in layers:
+        yield from (rate.unit for rates in each.rates.values() for rate in rates)
+        yield from (price.unit for price in each.prices)
+        yield from (surcharge.unit for surcharge in (*(each.markup or ()), *(each.own_key_fees or ())))
+
 
 def is_new(version: PriceVersion, *, book: PriceBook, at: datetime, backdate: bool) -> bool:
-    """Whether a version may be added to the book; False if it is there already. IdTaken, TimeTaken, InThePast."""
+    """Whether a version may be added to the book; False if it is there already.
+
+    IdTaken, TimeTaken, InThePast, CountedOtherwise.
+    """
     stored = book.find(version.id)
     if stored is not None:
         if stored.effective_at != version.effective_at or not difference(stored, version).is_empty:
@@ -162,31 +285,41 @@ def is_new(version: PriceVersion, *, book: PriceBook, at: datetime, backdate: bo
         raise TimeTaken(version, other)
     if not backdate and at - version.effective_at > LATE_MAX:
         raise InThePast(version, at=at)
+    counted_as = {price.id: price.counted_as for price in version.prices}
+    for each in book.versions:
+        for price in each.prices:
+            if counted_as.get(price.id, price.counted_as) != price.counted_as:
+                raise CountedOtherwise(version, each, price.id)
     return True
 
 
 @dataclass(frozen=True, slots=True)
 class ChangedRate:
-    """A rate of a model in two versions; None where a version has none for the quantity and unit."""
+    """A rate of a model in two versions; None where a version has none for the quantity, unit and service tier."""
 
-    quantity: Quantity
+    quantity: str
     unit: str
     old: Rate | None
     new: Rate | None
+    service_tier: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """What one version says other than another one, in the order of providers and models."""
+    """What one version says other than another one, in the order of providers and models.
+
+    `others`: what else is not the same, as places: `prices/renders`, `markup`, `plans/pro`, `accounts/acme`.
+    """
 
     added: Mapping[Model, Sequence[Rate]]
     removed: Mapping[Model, Sequence[Rate]]
     changed: Mapping[Model, Sequence[ChangedRate]]
+    others: Sequence[str] = ()
 
     @property
     def is_empty(self) -> bool:
         """Whether both say the same."""
-        return not (self.added or self.removed or self.changed)
+        return not (self.added or self.removed or self.changed or self.others)
 
 
 def difference(old: PriceVersion | None, new: PriceVersion) -> Difference:
@@ -200,14 +333,40 @@ def difference(old: PriceVersion | None, new: PriceVersion) -> Difference:
             for model in sorted(new.rates.keys() & before.keys())
             if (changed := _changed(before[model], new.rates[model]))
         },
+        others=_others(old, new),
     )
 
 
 def _changed(old: Iterable[Rate], new: Iterable[Rate]) -> list[ChangedRate]:
-    before = {(each.quantity, each.unit): each for each in old}
-    after = {(each.quantity, each.unit): each for each in new}
+    before = {each.place: each for each in old}
+    after = {each.place: each for each in new}
     return [
-        ChangedRate(quantity=place[0], unit=place[1], old=before.get(place), new=after.get(place))
+        ChangedRate(
+            quantity=place[0], unit=place[1], old=before.get(place), new=after.get(place), service_tier=place[2]
+        )
         for place in dict.fromkeys((*before, *after))
         if before.get(place) != after.get(place)
     ]
+
+
+def _others(old: PriceVersion | None, new: PriceVersion) -> Sequence[str]:
+    before, after = ({} if old is None else _places(old)), _places(new)
+    return sorted(place for place in before.keys() | after.keys() if before.get(place) != after.get(place))
+
+
+def _places(version: PriceVersion) -> dict[str, object]:
+    """Everything in a version but the rates of models, by its place. What says nothing has none."""
+    found: dict[str, object] = {f"prices/{price.id}": price for price in version.prices}
+    found |= {"markup": version.markup} if version.markup else {}
+    found |= {"own_key_fees": version.own_key_fees} if version.own_key_fees else {}
+    for kind, overrides in (("plans", version.plans), ("accounts", version.accounts)):
+        for name, override in overrides.items():
+            members = sorted(account for account, plan in version.members.items() if kind == "plans" and plan == name)
+            found[f"{kind}/{name}"] = (_comparable(override), members)
+    return found
+
+
+def _comparable(override: Override) -> object:
+    """What an override says, in whatever order."""
+    rates = {model: {each.place: each for each in rates} for model, rates in override.rates.items()}
+    return rates, {price.id: price for price in override.prices}, override.markup, override.own_key_fees

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Final
 
 from nats.aio.client import Client
@@ -25,8 +26,22 @@ class Backend:
 
     nats: Client
     pool: Pool
+    # Of its own: a question may take seconds, and must not hold up what is charged.
+    questions: Pool
     prices: PriceKeeper
     redrive: Callable[[DeadLetter], Awaitable[None]]
+    # Told that there is a new alias.
+    mapped: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class IngestLimits:
+    """How old reported use may be, and how much of it may come at once."""
+
+    age_max: timedelta
+    body_bytes_max: int
+    batch_events_max: int
+    attributes_max: int
 
 
 @asynccontextmanager
@@ -34,6 +49,20 @@ async def connection(backend: Backend) -> AsyncIterator[AsyncConnection[TupleRow
     """A connection of the pool. Problem 503 if there is none."""
     async with away_as_problem(), backend.pool.connection() as connection:
         yield connection
+
+
+@asynccontextmanager
+async def asking(backend: Backend) -> AsyncIterator[AsyncConnection[TupleRow]]:
+    """A connection for what may take long. Problem 503 if there is none, or all are taken by others who ask."""
+    async with away_as_problem():
+        try:
+            async with backend.questions.connection() as connection:
+                yield connection
+        except PoolTimeout as error:
+            if backend.questions.get_stats().get("pool_size", 0) == 0:
+                raise
+            headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
+            raise Problem(503, "busy", "others are asking: ask again", headers=headers) from error
 
 
 @asynccontextmanager

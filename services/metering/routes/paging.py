@@ -16,7 +16,7 @@ Limit = Annotated[int, Query(ge=1, le=PAGE_SIZE_MAX)]
 # Postgres has no text with a NUL in it.
 Text = Annotated[str, Query(max_length=600, pattern=r"^[^\x00]*$")]
 
-Place = TypeVar("Place", tuple[int, str, str], tuple[int, str, str, str], list[str])
+Place = TypeVar("Place", tuple[int, str], tuple[int, str, str], tuple[int, str, str, str], list[str])
 
 
 def cursor(place: Place) -> str:

@@ -71,12 +71,12 @@ def reading_router(backend: Callable[[], Backend]) -> APIRouter:
 
     @router.get("/api/v1/set-aside")
     async def set_aside(
-        reason: Literal["unattributed", "unpriced"] | None = None,
+        reason: Literal["unattributed", "unpriced", "unmapped"] | None = None,
         key: Text | None = None,
         limit: Limit = 100,
         after: str | None = None,
     ) -> SetAsidePage:
-        """Logged use that waits for its account to be opened, or for a price."""
+        """Use that waits for its account to be opened, for a price, or for its subject to be mapped to an account."""
         place = read_cursor(after, tuple[int, str, str]) if after is not None else (-1, "", "")
         async with connection(backend()) as connected:
             found = await projections.set_aside_after(connected, place, reason=reason, key=key, limit=limit + 1)

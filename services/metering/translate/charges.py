@@ -1,13 +1,17 @@
 """Charges become the lines and bundles of the ledger."""
 
+import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from decimal import Decimal
+from functools import lru_cache
 from typing import Final
 
 import msgspec
+from pydantic import TypeAdapter, ValidationError
 
-from contracts.metering import CHARGES_RATED
+from contracts.ids import HoldId, partition_of_id
+from contracts.metering import CHARGES_RATED, MODEL_LENGTH_MAX, OTHER_PROVIDER
 from contracts.money import Unit, format_amount
 from contracts.pricing import Rated
 from contracts.streams import charges_rated_subject
@@ -60,22 +64,33 @@ class _Bundle(msgspec.Struct, gc=False):
     lines: list[msgspec.Raw]
 
 
-class _Item(msgspec.Struct, gc=False):
+class _Item(msgspec.Struct, omit_defaults=True, gc=False):
     quantity: str
-    count: int
+    # Text if it has decimals.
+    count: int | str
     unit: str
     price: str
     per: int
     exact: str
+    tier: str | None = None
+    price_id: str | None = None
+
+
+class _Said(msgspec.Struct):
+    hold: str | None = None
 
 
 _ENCODER: Final = msgspec.json.Encoder()
+_SAID: Final = msgspec.json.Decoder(_Said)
+_HOLD: Final[TypeAdapter[str]] = TypeAdapter(HoldId)
+_NOT_IN_A_NAME: Final = re.compile(r"[\s\x00-\x1f]+")
 
 
 def priced(usage: Usage, rated: Rated, *, units: Mapping[str, Unit], traceparent: str | None = None) -> Priced:
     """A charge as JSON. Prices and exact costs are plain decimals, without exponents.
 
-    Items are those of money, which is rounded and paid. What caps count stands in `amounts`, and would double the log.
+    Items are those of money, which is rounded and paid, and of own prices. What caps count of models stands in
+    `amounts`, and would double the log.
     """
     amounts = [_Amount(format_amount(value, units[unit]), unit) for unit, value in rated.amounts.items()]
     used = usage.used
@@ -84,23 +99,49 @@ def priced(usage: Usage, rated: Rated, *, units: Mapping[str, Unit], traceparent
         event_id=usage.event_id,
         account=usage.account,
         occurred_at=usage.occurred_at,
-        scope=_Scope(used.provider, used.model, used.feature),
+        scope=_scope_of(usage.type) if used is None else _Scope(used.provider, used.model, used.feature),
         price_version=rated.price_version,
         amounts=amounts,
-        hold=used.hold,
-        own_key=used.own_key,
+        hold=_hold_of(usage) if used is None else used.hold,
+        own_key=False if used is None else used.own_key,
         traceparent=traceparent,
     )
     items = [
-        _Item(item.quantity, item.count, item.unit, _plain(item.price), item.per, _plain(item.exact))
+        _Item(
+            item.quantity,
+            item.count if isinstance(item.count, int) else _plain(item.count),
+            item.unit,
+            _plain(item.price),
+            item.per,
+            _plain(item.exact),
+            item.tier,
+            item.price_id,
+        )
         for item in rated.items
-        if units[item.unit].kind == "money"
+        if units[item.unit].kind == "money" or item.price_id is not None
     ]
     return Priced(
         line=msgspec.Raw(_ENCODER.encode(line)),
         items=_ENCODER.encode(items).decode(),
         amounts=_ENCODER.encode(amounts).decode(),
     )
+
+
+@lru_cache(maxsize=1024)
+def _scope_of(type: str) -> _Scope:
+    """What lots see of a use that is no call of a model: its type in place of the model."""
+    return _Scope(OTHER_PROVIDER, _NOT_IN_A_NAME.sub("_", type)[:MODEL_LENGTH_MAX])
+
+
+def _hold_of(usage: Usage) -> str | None:
+    """The hold that an event of another type names at `hold` in its data. What is no hold of its tree names none."""
+    if '"hold"' not in usage.data:
+        return None
+    try:
+        hold = _HOLD.validate_python(_SAID.decode(usage.data).hold)
+    except (msgspec.DecodeError, ValidationError):
+        return None
+    return hold if partition_of_id(hold) == usage.partition else None
 
 
 def _plain(value: Decimal) -> str:

@@ -1,6 +1,7 @@
 """Deliveries and HTTP bodies become usage, messages to publish, or letters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Final
@@ -14,42 +15,131 @@ from contracts.envelope import (
     SERVER_FILLED,
     TRACEPARENT,
     InvalidEvent,
+    OtherEvent,
     Problem,
     UsageEvent,
+    binary_attributes,
+    is_account,
     read_usage_event,
+    structured,
 )
 from contracts.ledger import AccountOpened
-from contracts.partition import partition_of
-from contracts.streams import USAGE, usage_subject
+from contracts.partition import PARTITION_COUNT, partition_of, token
+from contracts.streams import FORWARDED, USAGE, usage_subject
 from contracts.times import Time
-from contracts.usage import ModelUsed
+from contracts.usage import MODEL_USED, ModelUsed
 from services.kit.dead_letters import DeadLetter, Letter, Unreadable, letter_of
 from services.kit.publish import Message
 from services.kit.redelivery import place_of
-from services.metering.domain.usage import Usage, place_problems, report_problems
+from services.metering.domain.usage import (
+    AGE_MAX,
+    AGE_TOLERANCE,
+    Key,
+    Reroute,
+    Usage,
+    age_problems,
+    report_problems,
+    reroute,
+)
 
+Event = UsageEvent | OtherEvent
+
+# What metering says of what it sends on, or what somebody waits to hear of. Believed on its own subjects only.
+ACCOUNT_HEADER: Final = "Scrip-Account"
+OCCURRED_AT_HEADER: Final = "Scrip-Occurred-At"
+BODY_HASH_HEADER: Final = "Scrip-Body-Hash"
+QUESTION_HEADER: Final = "Scrip-Question"
+
+# With its time filled in, or written anew from the log, an event may be longer than it was.
+FORWARDED_BYTES_MAX: Final = 240 << 10
+
+_PARTITIONS: Final = {token(partition): partition for partition in range(PARTITION_COUNT)}
+# What most messages have, and no attributes of binary mode are among.
+_OF_NATS: Final = frozenset(
+    {"Nats-Msg-Id", "Nats-Expected-Stream", "Nats-Batch-Id", "Nats-Batch-Sequence", "Nats-Batch-Commit"}
+)
+# Of the acknowledgement subject of a delivery, on a server without a domain: the eighth is the time.
+_PLAIN_TOKENS: Final = 9
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _REASON_LENGTH_MAX: Final = 500
 
 
-def read_delivery(message: Msg, *, received_at: datetime) -> Usage | Letter:
-    """A message of the usage stream as usage, or as a dead letter that names all that is wrong with it."""
+@dataclass(frozen=True, slots=True)
+class Late:
+    """Use that is too old: a dead letter, unless it is a repeat of what came in time."""
+
+    usage: Usage
+    letter: Letter
+
+
+class TooOld(InvalidEvent):
+    """A report that is too old, and nothing else: refused, unless it is a repeat. `message` is what to publish then."""
+
+    def __init__(self, problems: tuple[Problem, ...], *, key: Key, message: Message) -> None:
+        super().__init__(problems)
+        self.key = key
+        self.message = message
+
+
+def read_delivery(message: Msg, *, age_max: timedelta = AGE_MAX) -> Usage | Reroute | Late | Letter:
+    """A message of the usage stream as usage; sent on, if it came on another partition's subject; or as a dead letter.
+
+    The letter names all that is wrong. How old use is, or how far ahead, is reckoned from when the stream took it: the
+    answer is the same at every delivery.
+    """
     _, _, partition_token, reporter = message.subject.split(".")
-    body = message.data
+    if reporter == FORWARDED:
+        return _read_forwarded(message, partition_token=partition_token)
+    body, arrived_at = message.data, stored_at(message)
+    age_max += AGE_TOLERANCE
     try:
+        if (headers := message.headers) is not None and not _OF_NATS.issuperset(headers):
+            body = _as_structured(headers.items(), body)
         event, found_hash = read_usage_event(body)
-        occurred_at = stored_at(message) if event.time is None else event.time.astimezone(UTC)
-        partition = partition_of(event.subject)
-        problems = (
-            *_report_problems(event, reporter=reporter, occurred_at=occurred_at, received_at=received_at),
-            *place_problems(partition=partition, partition_token=partition_token),
-        )
     except InvalidEvent as error:
-        problems = (*error.problems, *_further_problems(body, reporter=reporter, received_at=received_at))
-        return dead(message, problems)
+        further = _further_problems(body, reporter=reporter, arrived_at=arrived_at, age_max=age_max)
+        return dead(message, (*error.problems, *further))
+    occurred_at = arrived_at if event.time is None else event.time.astimezone(UTC)
+    partition = partition_of(event.subject)
+    problems = _report_problems(event, reporter=reporter, occurred_at=occurred_at, arrived_at=arrived_at)
+    late = age_problems(occurred_at=occurred_at, arrived_at=arrived_at, age_max=age_max)
     if problems:
-        return dead(message, problems, partition=partition)
-    return _usage(event, partition=partition, occurred_at=occurred_at, found_hash=found_hash, body=body)
+        return dead(message, (*problems, *late), partition=partition)
+    usage = _usage(event, partition=partition, occurred_at=occurred_at, found_hash=found_hash, body=body)
+    if late:
+        return Late(usage=usage, letter=dead(message, late, partition=partition))
+    if partition_token != token(partition):
+        came_on = _PARTITIONS.get(partition_token, partition)
+        return reroute(usage, partition=came_on, to=partition, account=None)
+    return usage
+
+
+def _read_forwarded(message: Msg, *, partition_token: str) -> Usage | Letter:
+    """What metering sent on itself, or published to hear of: who reported it, and when, was looked at before."""
+    headers = message.headers or {}
+    try:
+        event, found_hash = read_usage_event(message.data, bytes_max=FORWARDED_BYTES_MAX)
+    except InvalidEvent as error:
+        return dead(message, error.problems)
+    account = headers.get(ACCOUNT_HEADER)
+    partition = partition_of(account or event.subject)
+    if partition_token != token(partition):
+        place = f"the account is of partition {token(partition)}, the event came on {partition_token}"
+        return dead(message, (Problem("subject", place),), partition=partition)
+    occurred_at = stored_at(message) if event.time is None else event.time.astimezone(UTC)
+    if OCCURRED_AT_HEADER in headers:
+        occurred_at = datetime.fromisoformat(headers[OCCURRED_AT_HEADER])
+    if BODY_HASH_HEADER in headers:
+        found_hash = bytes.fromhex(headers[BODY_HASH_HEADER])
+    return _usage(
+        event,
+        partition=partition,
+        occurred_at=occurred_at,
+        found_hash=found_hash,
+        body=message.data,
+        account=account,
+        question=headers.get(QUESTION_HEADER),
+    )
 
 
 def dead(message: Msg, problems: Sequence[Problem], *, partition: int | None = None) -> Letter:
@@ -59,7 +149,10 @@ def dead(message: Msg, problems: Sequence[Problem], *, partition: int | None = N
 
 def stored_at(message: Msg) -> datetime:
     """When the stream took a message: the same at every delivery."""
-    return _EPOCH + timedelta(microseconds=place_of(message).stored_at_ns // 1000)
+    tokens = message.reply.split(".")
+    # What `place_of` reads, in a third of the time: it is asked of every message.
+    stored_at_ns = int(tokens[7]) if len(tokens) == _PLAIN_TOKENS else place_of(message).stored_at_ns
+    return _EPOCH + timedelta(microseconds=stored_at_ns // 1000)
 
 
 def reporter_of(subject: str) -> str:
@@ -67,65 +160,138 @@ def reporter_of(subject: str) -> str:
     return subject.rpartition(".")[2]
 
 
-def read_report(body: bytes, *, reporter: str, received_at: datetime) -> Message:
-    """An event reported over HTTP as the message to publish. Raises InvalidEvent with every problem.
+def source_of(letter: Letter) -> str:
+    """Whose report a dead letter is: who published it, or the source of what metering sent on."""
+    reporter = reporter_of(letter.subject)
+    if reporter != FORWARDED:
+        return reporter
+    try:
+        return read_usage_event(letter.payload, bytes_max=FORWARDED_BYTES_MAX)[0].source
+    except InvalidEvent:
+        return reporter
+
+
+def read_report(
+    body: bytes,
+    *,
+    reporter: str,
+    received_at: datetime,
+    age_max: timedelta = AGE_MAX,
+    attributes_max: int | None = None,
+    question: str | None = None,
+) -> Message:
+    """An event reported over HTTP as the message to publish. Raises InvalidEvent with every problem, or TooOld.
 
     A missing `time` is filled in, and marked as ours: the body hash leaves it out, so that a retry is a repeat.
+    `question`: somebody waits to hear what becomes of it, so the stream must not take it for a repeat by itself.
     """
     try:
         event, found_hash = read_usage_event(body)
     except InvalidEvent as error:
-        more = _further_problems(body, reporter=reporter, received_at=received_at)
+        more = _further_problems(body, reporter=reporter, arrived_at=received_at, age_max=age_max)
         raise InvalidEvent((*error.problems, *more)) from error
     occurred_at = None if event.time is None else event.time.astimezone(UTC)
-    problems = list(_report_problems(event, reporter=reporter, occurred_at=occurred_at, received_at=received_at))
-    if SERVER_FILLED in (event.model_extra or {}):
+    problems = list(_report_problems(event, reporter=reporter, occurred_at=occurred_at, arrived_at=received_at))
+    late = age_problems(occurred_at=occurred_at, arrived_at=received_at, age_max=age_max)
+    extensions = event.model_extra or {}
+    if SERVER_FILLED in extensions:
         problems.append(Problem(SERVER_FILLED, "this attribute is set by ingest alone"))
+    if attributes_max is not None and len(extensions) > attributes_max:
+        said = f"an event has at most {attributes_max} extension attributes, this one has {len(extensions)}"
+        problems.append(Problem("", said))
     if occurred_at is None:
         body = _with_time(body, received_at)
         if len(body) > EVENT_BYTES_MAX:
             problems.append(Problem("", f"with its time filled in the event has more than {EVENT_BYTES_MAX} bytes"))
     if problems:
-        raise InvalidEvent(tuple(problems))
-    return Message(
-        subject=usage_subject(partition=partition_of(event.subject), source=event.source),
-        payload=body,
-        message_id=message_id(event, found_hash),
-    )
+        raise InvalidEvent((*problems, *late))
+    partition = partition_of(event.subject)
+    if question is not None:
+        subject = usage_subject(partition=partition, source=FORWARDED)
+        message = Message(subject=subject, payload=body, message_id=None, headers={QUESTION_HEADER: question})
+    else:
+        subject = usage_subject(partition=partition, source=event.source)
+        message = Message(subject=subject, payload=body, message_id=message_id(event, found_hash))
+    if late:
+        raise TooOld(tuple(late), key=(partition, event.source, event.id), message=message)
+    return message
 
 
-def message_id(event: UsageEvent, found_hash: bytes) -> str:
+def read_binary_report(headers: Collection[tuple[str, str]], data: bytes) -> bytes | None:
+    """The event of a request in binary mode in structured form; None if it is not in binary mode. InvalidEvent."""
+    attributes = binary_attributes(headers)
+    return None if attributes is None else structured(attributes, data)
+
+
+def message_id(event: Event, found_hash: bytes) -> str:
     """What a stream knows a repeat by, for as long as its window lasts."""
     return sha256(f"{event.source}\n{event.id}\n".encode() + found_hash).hexdigest()[:32]
 
 
-def redriven(letter: DeadLetter, *, received_at: datetime) -> Message:
+def rerouted(stored: Reroute) -> Message:
+    """What is sent on, to the partition it belongs to. Repeats are identical, and count once there."""
+    headers = {
+        OCCURRED_AT_HEADER: stored.occurred_at.astimezone(UTC).isoformat(),
+        BODY_HASH_HEADER: stored.body_hash.hex(),
+    }
+    if stored.account is not None:
+        headers[ACCOUNT_HEADER] = stored.account
+    place = f"{stored.partition}\n{stored.to}\n{stored.source}\n{stored.event_id}\n"
+    return Message(
+        subject=usage_subject(partition=stored.to, source=FORWARDED),
+        payload=stored.body,
+        message_id=f"rerouted.{sha256(place.encode() + stored.body_hash).hexdigest()[:32]}",
+        headers=headers,
+    )
+
+
+def redriven(letter: DeadLetter, *, received_at: datetime, age_max: timedelta = AGE_MAX) -> Message:
     """A dead letter of the usage stream as the message to publish anew, on the subject of its account's partition.
 
-    Without a message id: the stream may still know the first one. Raises Unreadable if it would only die again.
+    Without a message id: the stream may still know the first one. Raises Unreadable if it would only die again. How old
+    it is is reckoned from when it came first, and it keeps that time if it has none.
     """
     if letter.stream != USAGE:
         raise Unreadable(f"a message of {letter.stream} is not usage")
     reporter = reporter_of(letter.subject)
-    body = letter.payload
+    forwarded = reporter == FORWARDED
     try:
+        body = letter.payload if forwarded else _as_structured(letter.headers.items(), letter.payload)
         event, _ = read_usage_event(body)
-        occurred_at = None if event.time is None else event.time.astimezone(UTC)
     except InvalidEvent as error:
         raise Unreadable(_reason(error.problems), problems=_as_members(error.problems)) from error
-    problems = _report_problems(event, reporter=reporter, occurred_at=occurred_at, received_at=received_at)
+    said = event.time.astimezone(UTC) if event.time is not None else None
+    # Too old is what was too old then; ahead what is ahead still.
+    arrived_at = min(received_at, max(said or letter.received_at, letter.received_at))
+    reporter = event.source if forwarded else reporter
+    problems = (
+        *_report_problems(event, reporter=reporter, occurred_at=said, arrived_at=arrived_at),
+        *age_problems(occurred_at=said, arrived_at=arrived_at, age_max=age_max + AGE_TOLERANCE),
+    )
     if problems:
         raise Unreadable(_reason(problems), problems=_as_members(problems))
+    headers = {OCCURRED_AT_HEADER: (said or letter.received_at.astimezone(UTC)).isoformat()}
+    if forwarded:
+        headers = {name: value for name, value in letter.headers.items() if name in _OURS} or headers
+    partition = partition_of(headers.get(ACCOUNT_HEADER) or event.subject)
     return Message(
-        subject=usage_subject(partition=partition_of(event.subject), source=reporter),
-        # Its time is when it came first, not when somebody looked after it.
-        payload=_with_time(body, letter.received_at) if occurred_at is None else body,
-        message_id=None,
+        subject=usage_subject(partition=partition, source=FORWARDED), payload=body, message_id=None, headers=headers
     )
 
 
+_OURS: Final = (ACCOUNT_HEADER, OCCURRED_AT_HEADER, BODY_HASH_HEADER)
+
+
 def logged_usage(
-    *, partition: int, source: str, event_id: str, account: str, type: str, occurred_at: datetime, data: str
+    *,
+    partition: int,
+    source: str,
+    event_id: str,
+    account: str,
+    type: str,
+    occurred_at: datetime,
+    data: str,
+    subject: str | None = None,
 ) -> Usage:
     """Use that is in the log already, to be charged now. The log keeps neither its body nor the hash."""
     return Usage(
@@ -133,15 +299,56 @@ def logged_usage(
         partition=partition,
         source=source,
         event_id=event_id,
+        subject=account if subject is None else subject,
         account=account,
         type=type,
         occurred_at=occurred_at.astimezone(UTC),
         body_hash=b"",
-        used=ModelUsed.model_validate_json(data),
+        used=ModelUsed.model_validate_json(data) if type == MODEL_USED else None,
         data=data,
         context=None,
         body=b"",
     )
+
+
+def waiting_usage(body: bytes, *, occurred_at: datetime, body_hash: bytes) -> Usage:
+    """Use that waited for its subject to be mapped, as it came."""
+    event, _ = read_usage_event(body, bytes_max=FORWARDED_BYTES_MAX)
+    return _usage(
+        event,
+        partition=partition_of(event.subject),
+        occurred_at=occurred_at.astimezone(UTC),
+        found_hash=body_hash,
+        body=body,
+    )
+
+
+def taken_usage(
+    *,
+    source: str,
+    event_id: str,
+    subject: str,
+    type: str,
+    occurred_at: datetime,
+    data: str,
+    context: str | None,
+    body_hash: bytes,
+) -> Usage:
+    """Use that was logged under a subject which is an alias now: an event that says the same. Its hash is the first's.
+
+    Of its body the log kept what counts, not how it was written.
+    """
+    said = {
+        "specversion": "1.0",
+        "id": event_id,
+        "source": source,
+        "type": type,
+        "subject": subject,
+        "time": occurred_at.astimezone(UTC).isoformat(),
+        **(msgspec.json.decode(context) if context is not None else {}),
+        "data": msgspec.Raw(data.encode()),
+    }
+    return waiting_usage(msgspec.json.encode(said), occurred_at=occurred_at, body_hash=body_hash)
 
 
 def traceparent_of(usage: Usage) -> str | None:
@@ -164,43 +371,61 @@ def read_account_opened(body: bytes) -> AccountOpened:
         raise Unreadable("not a fact account.opened of the ledger", problems=problems) from error
 
 
+def _as_structured(headers: Collection[tuple[str, str]], body: bytes) -> bytes:
+    attributes = binary_attributes(headers)
+    return body if attributes is None else structured(attributes, body)
+
+
 class _DataOnly(msgspec.Struct):
-    data: msgspec.Raw
+    data: msgspec.Raw = msgspec.Raw(b"{}")
 
 
 _DATA_ONLY: Final = msgspec.json.Decoder(_DataOnly)
 
 
-def _usage(event: UsageEvent, *, partition: int, occurred_at: datetime, found_hash: bytes, body: bytes) -> Usage:
+def _usage(
+    event: Event,
+    *,
+    partition: int,
+    occurred_at: datetime,
+    found_hash: bytes,
+    body: bytes,
+    account: str | None = None,
+    question: str | None = None,
+) -> Usage:
+    if account is None:
+        account = event.subject if is_account(event.subject) else ""
     return Usage(
         key=(partition, event.source, event.id),
         partition=partition,
         source=event.source,
         event_id=event.id,
-        account=event.subject,
+        subject=event.subject,
+        account=account,
         type=event.type,
         occurred_at=occurred_at,
         body_hash=found_hash,
-        used=event.data,
-        data=bytes(_DATA_ONLY.decode(body).data).decode(),
+        used=event.data if isinstance(event, UsageEvent) else None,
+        data="{}" if event.data is None else bytes(_DATA_ONLY.decode(body).data).decode(),
         context=_context(event),
         body=body,
+        question=question,
     )
 
 
 def _report_problems(
-    event: UsageEvent, *, reporter: str, occurred_at: datetime | None, received_at: datetime
+    event: Event, *, reporter: str, occurred_at: datetime | None, arrived_at: datetime
 ) -> Sequence[Problem]:
     return report_problems(
         source=event.source,
         reporter=reporter,
         occurred_at=occurred_at,
-        received_at=received_at,
-        price_version=event.data.price_version,
+        arrived_at=arrived_at,
+        price_version=event.data.price_version if isinstance(event, UsageEvent) else None,
     )
 
 
-def _context(event: UsageEvent) -> str | None:
+def _context(event: Event) -> str | None:
     further = dict(event.model_extra or {})
     if event.dataschema is not None:
         further["dataschema"] = event.dataschema
@@ -216,7 +441,7 @@ def _with_time(body: bytes, time: datetime) -> bytes:
 _TIME: Final[TypeAdapter[datetime]] = TypeAdapter(Time)
 
 
-def _further_problems(body: bytes, *, reporter: str, received_at: datetime) -> Sequence[Problem]:
+def _further_problems(body: bytes, *, reporter: str, arrived_at: datetime, age_max: timedelta) -> Sequence[Problem]:
     """What is wrong with who reports an unreadable event and when, as far as that can be read."""
     try:
         raw = msgspec.json.decode(body) if len(body) <= EVENT_BYTES_MAX else None
@@ -229,13 +454,16 @@ def _further_problems(body: bytes, *, reporter: str, received_at: datetime) -> S
     except ValidationError:
         occurred_at = None
     data = raw.get("data")
-    pinned = data.get("price_version") if isinstance(data, dict) else None
-    return report_problems(
-        source=raw["source"],
-        reporter=reporter,
-        occurred_at=occurred_at,
-        received_at=received_at,
-        price_version=pinned if isinstance(pinned, str) else None,
+    pinned = data.get("price_version") if isinstance(data, dict) and raw.get("type") == MODEL_USED else None
+    return (
+        *report_problems(
+            source=raw["source"],
+            reporter=reporter,
+            occurred_at=occurred_at,
+            arrived_at=arrived_at,
+            price_version=pinned if isinstance(pinned, str) else None,
+        ),
+        *age_problems(occurred_at=occurred_at, arrived_at=arrived_at, age_max=age_max),
     )
 
 

@@ -115,7 +115,9 @@ class World:
         for sequence in range(max(1, state.first_seq), state.last_seq + 1):
             message = await jetstream.get_msg(USAGE, sequence)
             assert message.data is not None
-            found.append(read_usage_event(message.data)[0])
+            event, _ = read_usage_event(message.data)
+            assert isinstance(event, UsageEvent)
+            found.append(event)
         return found
 
     async def event(self) -> UsageEvent:

@@ -1,10 +1,13 @@
 """Laws of a call that succeeds, seen through the unmodified openai library."""
 
+import asyncio
+import copy
 from decimal import Decimal
 
 import pytest
 
 from contracts import ledger
+from tests.integration.gateway.conftest import OwnWorld
 from tests.integration.gateway.driving import MODEL, World
 
 pytestmark = pytest.mark.anyio
@@ -122,3 +125,33 @@ async def test_the_provider_hears_nothing_of_who_called(world: World) -> None:
     await world.ask(extra_headers={"X-Scrip-Conversation": "c-7", "OpenAI-Organization": "org-of-somebody-else"})
     (request,) = await world.provider_requests()
     assert request["client_request_id"] == (await world.event()).id
+
+
+async def test_what_is_cached_and_who_calls_and_at_which_tier_has_its_own_price(own_world: OwnWorld) -> None:
+    async with own_world() as world:
+        first = copy.deepcopy(world.metering.book["versions"][0])
+        rates = first["models"][0]["rates"]
+        rates += [
+            {"quantity": "cached_input_tokens", "unit": "usd", "price": "0.05", "per": 1_000_000},
+            {"quantity": "reasoning_tokens", "unit": "usd", "price": "0.90", "per": 1_000_000},
+            {"quantity": "input_tokens", "unit": "usd", "price": "0.30", "per": 1_000_000, "service_tier": "priority"},
+        ]
+        organisation = world.account.partition("/")[0]
+        mine = {"account": organisation, "markup": [{"unit": "usd", "percent": "100"}]}
+        changed = {"id": "v2", "effective_at": "2025-01-01T00:00:00Z", "accounts": [mine]}
+        world.metering.book["versions"].append(first | changed)
+        await asyncio.sleep(0.6)
+        text = "a b c d e f [[cached:4]] [[tokens:10]] [[reasoning:6]]"
+        response = await world.post(
+            {"model": MODEL, "messages": [{"role": "user", "content": text}], "service_tier": "priority"}
+        )
+        assert response.status_code == 200, response.text
+        used = (await world.event()).data
+        assert used.counts is not None
+        assert (used.counts.cached_input_tokens, used.counts.reasoning_tokens) == (4, 6)
+        # Asked for, and not served: the provider says that it was the default tier.
+        assert used.service_tier is None
+        plain = (used.input_tokens - 4) * Decimal("0.15") + (used.output_tokens - 6) * Decimal("0.60")
+        expected = 2 * (plain + 4 * Decimal("0.05") + 6 * Decimal("0.90")) / 1_000_000
+        assert Decimal(response.headers["x-scrip-cost"].split()[0]) == expected
+        assert Decimal(response.headers["x-scrip-held"].split()[0]) > expected

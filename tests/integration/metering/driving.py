@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import httpx2
@@ -25,6 +25,7 @@ from services.metering.app import build
 from services.metering.domain.prices import PriceBook
 from services.metering.handlers import Batch, Reading
 from services.metering.settings import MeteringSettings
+from services.metering.store import COUNTERS
 
 WAIT_SECONDS_MAX: Final = 10.0
 
@@ -45,18 +46,18 @@ def account_opened(account: str, *, number: int = 1) -> AccountOpened:
 
 
 def delivery(event: Json, *, sequence: int = 1) -> Msg:
-    """A message of the usage stream as a consumer delivers it."""
+    """A message of the usage stream as a consumer delivers it, taken after all that tests say happened."""
     return Msg(
         _client=None,  # type: ignore[arg-type]  # nothing is answered
         subject=usage_subject(partition=partition_of(event["subject"]), source=event["source"]),
-        reply=f"$JS.ACK.USAGE.metering.1.{sequence}.{sequence}.1773489601123456789.0",
+        reply=f"$JS.ACK.USAGE.metering.1.{sequence}.{sequence}.1798761600123456789.0",
         data=json.dumps(event).encode(),
     )
 
 
 def batch_of(events: Iterable[Json], *, price_book: PriceBook) -> Batch:
     """Events as the handlers take them."""
-    reading = Reading(price_book=price_book, received_at=datetime.now(UTC))
+    reading = Reading(price_book=price_book, received_at=datetime.now(UTC), age_max=timedelta(days=36_500))
     reading.add(delivery(each) for each in events)
     return reading.batch()
 
@@ -130,7 +131,7 @@ class Driver:
 
     async def counters(self) -> dict[str, int]:
         """The counters over all sources."""
-        names = ("new", "duplicate", "conflicting", "dead", "unattributed", "unpriced", "charged")
+        names = COUNTERS
         sums = ", ".join(f"coalesce(sum({name}), 0)::bigint" for name in names)
         (row,) = await self.rows(f"SELECT {sums} FROM ingest_counters")
         return dict(zip(names, row, strict=True))

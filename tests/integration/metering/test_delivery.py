@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from typing import Any, Final
 
 import psycopg
@@ -66,6 +67,7 @@ async def subscriber(
         price_book=price_book,
         known=Known(),
         notify=lambda _rows: None,
+        age_max=timedelta(days=driver.settings.metering_age_days_max),
     )
     task = asyncio.create_task(running.run())
     try:

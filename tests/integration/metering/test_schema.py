@@ -52,7 +52,7 @@ def test_every_business_table_begins_with_the_partition(owner: Connection[TupleR
         "SELECT relname, attname FROM pg_attribute JOIN pg_class c ON c.oid = attrelid"
         " WHERE relnamespace = 'metering'::regnamespace AND relkind IN ('r', 'p') AND attnum = 1"
     ).fetchall()
-    others = {"schema_version", "members", "dead_letters", "price_versions"}
+    others = {"schema_version", "members", "dead_letters", "price_versions", "meter_versions"}
     assert {table for table, column in first if column != "partition"} == others
 
 
@@ -136,3 +136,39 @@ def test_months_are_made_once_within_bounds_and_by_nobody_else(runtime: Connecti
     for day in ("2019-12-31", "3000-01-01"):
         refused(runtime, f"SELECT ensure_usage_month('{day}')", psycopg.errors.RaiseException)
     refused(runtime, "CREATE TABLE mine (n int)", psycopg.errors.InsufficientPrivilege)
+
+
+def test_logged_use_moves_only_to_the_account_that_its_name_turns_out_to_stand_for(
+    runtime: Connection[TupleRow], owner: Connection[TupleRow]
+) -> None:
+    take = (
+        "SELECT event_id FROM take_from_log(1::smallint, ARRAY['2026-01-01Z'::timestamptz], ARRAY['demo'],"
+        " ARRAY['use-1'])"
+    )
+    alias = "INSERT INTO aliases VALUES (1, 'acme', 'other', now(), 'operator', true)"
+    runtime.execute(LOGGED)
+    # No alias: not even the owner lets it go.
+    refused(runtime, take, psycopg.errors.RaiseException)
+    refused(owner, "DELETE FROM usage_log", psycopg.errors.RaiseException)
+    runtime.execute(alias)
+    refused(runtime, "DELETE FROM usage_log", psycopg.errors.InsufficientPrivilege)
+    assert runtime.execute(take).fetchall() == [("use-1",)]
+    runtime.execute(LOGGED)
+    runtime.execute(CHARGE)
+    refused(runtime, take, psycopg.errors.RaiseException)
+    # Under another name it is the account's own.
+    runtime.execute(LOGGED.replace("use-1", "use-2").replace("data)", "data, subject)").replace("'{}')", "'{}', 'x')"))
+    refused(runtime, take.replace("use-1", "use-2"), psycopg.errors.RaiseException)
+
+
+def test_use_that_waits_has_its_body_or_its_account(runtime: Connection[TupleRow]) -> None:
+    waiting = "INSERT INTO set_aside VALUES (1, 'demo', 'use-1', {}, '2026-01-01Z', '{}', 'key', now(), {})"
+    for account, reason, body in (
+        ("NULL", "unattributed", "NULL"),
+        ("'acme'", "unmapped", "'{}'"),
+        ("NULL", "unmapped", "NULL"),
+        ("'acme'", "unpriced", "'{}'"),
+        ("'acme'", "lost", "NULL"),
+    ):
+        refused(runtime, waiting.format(account, reason, body), psycopg.errors.CheckViolation)
+    runtime.execute(waiting.format("NULL", "unmapped", "'{}'"))

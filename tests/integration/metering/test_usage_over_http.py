@@ -1,10 +1,13 @@
 """Usage over HTTP: 204 means on disk, a refusal means nothing was taken, and sending again is always safe."""
 
 import asyncio
+import gzip
 import json
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
+from urllib.parse import quote
 
 import httpx2
 import pytest
@@ -13,13 +16,16 @@ from pydantic import SecretStr
 from contracts.envelope import SERVER_FILLED
 from contracts.streams import USAGE
 from infra.servers import EmbeddedNats
+from services.kit.database import Writer
 from services.kit.publish import PublishUnconfirmed, publish_batch
-from services.metering import routes
+from services.metering import handlers, translate
+from services.metering.handlers import Known, Reading
+from services.metering.routes import events as routes
 from tests.conftest import NatsAccount, refresh_streams
 from tests.eventually import eventually
-from tests.integration.metering.driving import Driver, Json, stored
+from tests.integration.metering.driving import Driver, Json, delivery, stored
 from tests.unit.metering.bad_reports import BAD
-from tests.unit.metering.building import body, event
+from tests.unit.metering.building import NOON, body, event, price_book
 
 pytestmark = pytest.mark.anyio
 
@@ -78,6 +84,8 @@ async def test_every_form_is_taken_and_charged(driver: Driver) -> None:
             "unattributed": 0,
             "unpriced": 0,
             "charged": 7,
+            "unmapped": 0,
+            "rerouted": 0,
         }
 
 
@@ -263,3 +271,163 @@ async def test_conflicts_are_paged(driver: Driver) -> None:
             query = f"limit=2&after={page['next_after']}"
         assert page["next_after"] is None
         assert sorted(seen) == [f"use-{number}" for number in range(5)]
+
+
+# Compressed, in binary mode, within limits ----------------------------------------------------------------------------
+
+
+async def test_a_compressed_report_is_taken(driver: Driver) -> None:
+    gzipped = {**driver.headers(), "Content-Encoding": "gzip"}
+    async with driver.running() as http:
+        await open_all(driver)
+        packed = gzip.compress(json.dumps([event(1), event(2)]).encode())
+        assert (await report(http, driver, packed, headers=gzipped)).status_code == 204
+        # Of several members, as gzip allows.
+        half = len(body(3)) // 2
+        packed = gzip.compress(body(3)[:half]) + gzip.compress(body(3)[half:])
+        assert (await report(http, driver, packed, headers=gzipped)).status_code == 204
+        answer = await report(http, driver, body(4), headers={**driver.headers(), "Content-Encoding": "identity"})
+        assert answer.status_code == 204
+        await driver.until_counted(new=4, charged=4)
+
+
+_ZIPPED: Final = gzip.compress(body(1))
+NOT_TAKEN: Final[Sequence[tuple[bytes, str, int, str]]] = (
+    (gzip.compress(b" " * (4 << 20) + body(1)), "gzip", 413, "body_too_large"),
+    (gzip.compress(b"") * 17, "gzip", 400, "not_gzip"),
+    (_ZIPPED[:-1], "gzip", 400, "not_gzip"),
+    (_ZIPPED + b"more", "gzip", 400, "not_gzip"),
+    (body(1), "gzip", 400, "not_gzip"),
+    (b"", "gzip", 400, "not_gzip"),
+    (body(1), "br", 415, "unsupported_content_encoding"),
+    (body(1), "gzip, gzip", 415, "unsupported_content_encoding"),
+)
+
+
+async def test_what_cannot_be_inflated_is_refused_clearly(driver: Driver) -> None:
+    async with driver.running() as http:
+        for content, encoding, status, code in NOT_TAKEN:
+            headers = {**driver.headers(), "Content-Encoding": encoding}
+            answer = await report(http, driver, content, headers=headers)
+            assert (answer.status_code, answer.json()["code"]) == (status, code), (content[:20], encoding)
+            assert ("accept-encoding" in answer.headers) == (status == 415)
+        assert await stored(driver.operator_nats, USAGE) == 0
+
+
+async def test_a_report_in_binary_mode_is_the_same_as_in_structured_mode(driver: Driver) -> None:
+    said = event(1, time=None, region="Zürich")
+    data = json.dumps(said["data"]).encode()
+    binary = {f"ce-{name}": quote(text) for name, text in said.items() if name != "data"}
+    async with driver.running() as http:
+        await open_all(driver)
+        for _ in range(2):
+            assert (await report(http, driver, data, headers={**driver.headers(), **binary})).status_code == 204
+        assert (await report(http, driver, said)).status_code == 204
+        await driver.publish([said])
+        await driver.until_counted(new=1, charged=1, duplicate=1)
+        empty = {**driver.headers(), **binary, "ce-id": "use-2", "ce-type": "heartbeat"}
+        assert (await http.post("/api/v1/events", headers=empty)).status_code == 204
+        await driver.until_counted(new=2, charged=1, unpriced=1, duplicate=1)
+        wrong = {**driver.headers(), **binary, "ce-id": "%ff", "ce-data": "{}"}
+        answer = await report(http, driver, data, headers=wrong)
+        assert answer.status_code == 400
+        assert {(each["index"], each["field"]) for each in answer.json()["errors"]} == {(0, "id"), (0, "data")}
+        answer = await report(http, driver, b"<a/>", headers={**driver.headers(), **binary}, content_type="text/xml")
+        assert (answer.status_code, answer.json()["code"]) == (415, "unsupported_media_type")
+
+
+async def test_the_limits_are_settings_and_say_so(driver: Driver) -> None:
+    settings = driver.settings.model_copy(
+        update={
+            "metering_body_bytes_max": 2_000,
+            "metering_batch_events_max": 3,
+            "metering_attributes_max": 1,
+            "metering_age_days_max": 10,
+        }
+    )
+    young = (datetime.now(UTC) - timedelta(days=9)).isoformat()
+    old = (datetime.now(UTC) - timedelta(days=11)).isoformat()
+    async with driver.running(settings) as http:
+        assert (await report(http, driver, [event(number, time=young, region="eu") for number in range(3)])).is_success
+        refused = [
+            (await report(http, driver, [event(number, time=young) for number in range(4)]), 413, "more than 3"),
+            (await report(http, driver, b" " * 2_001), 413, "more than 2000 bytes"),
+            (await report(http, driver, event(5, time=young, a="1", b="2")), 400, "at most 1 extension attributes"),
+            (await report(http, driver, event(6, time=old)), 400, "11 days ago, more than 10 days"),
+        ]
+        packed = gzip.compress(b" " * 2_001)
+        answer = await report(http, driver, packed, headers={**driver.headers(), "Content-Encoding": "gzip"})
+        refused.append((answer, 413, "the inflated body has more than 2000 bytes"))
+        for answer, status, said in refused:
+            assert answer.status_code == status
+            assert said in answer.text
+        await driver.until_counted(new=3, unattributed=3)
+
+
+# What became of a report ----------------------------------------------------------------------------------------------
+
+
+async def outcomes(http: httpx2.AsyncClient, driver: Driver, events: Sequence[Json]) -> list[str]:
+    answer = await http.post("/api/v1/events?debug=true", json=events, headers=driver.headers())
+    assert answer.status_code == 200, answer.text
+    found = answer.json()["events"]
+    assert [each["index"] for each in found] == list(range(len(events)))
+    return [each["outcome"] for each in found]
+
+
+async def test_whoever_asks_is_told_what_became_of_each_event(driver: Driver) -> None:
+    async with driver.running() as http:
+        await open_all(driver)
+        assert await outcomes(http, driver, [event(1), event(2)]) == ["new", "new"]
+        found = await outcomes(http, driver, [event(2), event(1, data_input_tokens=5), event(3), event(1), event(3)])
+        assert found == ["duplicate", "conflicting", "new", "duplicate", "duplicate"]
+        # Also of what came otherwise, and of what was reported as conflicting before.
+        await driver.publish([event(4)])
+        assert (await report(http, driver, [event(5)])).status_code == 204
+        await driver.until_counted(new=5, charged=5, duplicate=3, conflicting=1)
+        found = await outcomes(http, driver, [event(4), event(5), event(1, data_input_tokens=5)])
+        assert found == ["duplicate", "duplicate", "conflicting"]
+        await driver.until_counted(new=5, charged=5, duplicate=6, conflicting=1)
+        assert await driver.rows("SELECT 1 FROM answers") == []
+        bad = await http.post("/api/v1/events?debug=true", json=[event(6), event(7, id="")], headers=driver.headers())
+        assert (bad.status_code, bad.json()["errors"][0]["index"]) == (400, 1)
+
+
+async def test_of_equal_reports_at_once_exactly_one_is_new(driver: Driver) -> None:
+    async with driver.running() as http:
+        await open_all(driver)
+        reports = (outcomes(http, driver, [event(number) for number in range(20)]) for _ in range(6))
+        found = [outcome for each in await asyncio.gather(*reports) for outcome in each]
+    assert sorted(found) == ["duplicate"] * 100 + ["new"] * 20
+
+
+async def test_what_became_of_a_report_is_what_its_first_delivery_came_to(driver: Driver, writer: Writer) -> None:
+    """Whoever committed and died before acknowledging is repeated: its answer stands."""
+    message = translate.read_report(body(1), reporter="demo", received_at=NOON, question="asked:0")
+    delivered = delivery(event(1))
+    delivered.subject, delivered.headers = message.subject, dict(message.headers or {})
+    for _ in range(2):
+        reading = Reading(price_book=price_book(), received_at=NOON, age_max=timedelta(days=36_500))
+        reading.add([delivered])
+        await handlers.ingest(reading.batch(), writer=writer, known=Known())
+    assert await driver.rows("SELECT question, outcome FROM answers") == [("asked:0", "new")]
+    assert (await driver.counters())["duplicate"] == 1
+
+
+async def test_whoever_asks_while_nothing_is_looked_at_is_told_that_it_is_on_disk(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routes, "ANSWER_SECONDS_MAX", 0.3)
+    paused = asyncio.Event()
+    ingest = handlers.ingest
+
+    async def waiting(*arguments: Any, **named: Any) -> handlers.Ingested:
+        await paused.wait()
+        return await ingest(*arguments, **named)
+
+    monkeypatch.setattr(handlers, "ingest", waiting)
+    async with driver.running() as http:
+        assert await outcomes(http, driver, [event(1)]) == ["pending"]
+        paused.set()
+        await driver.until_counted(new=1, unattributed=1)
+        assert await outcomes(http, driver, [event(1)]) == ["duplicate"]

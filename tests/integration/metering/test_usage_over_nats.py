@@ -1,17 +1,22 @@
 """Usage from the stream to the ledger's stream: logged once, charged once, whatever is repeated, mixed in or bad."""
 
+import asyncio
 import json
 import random
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Final
+from urllib.parse import quote
 
 import pytest
 from nats.aio.client import Client
 
-from contracts.streams import CHARGES, METERING_CONSUMER, USAGE
+from contracts.partition import partition_of
+from contracts.streams import CHARGES, METERING_CONSUMER, USAGE, usage_subject
 from services.kit.dead_letters import list_letters
+from services.kit.publish import Message, publish
 from tests.eventually import eventually
-from tests.integration.metering.driving import Driver, stored
+from tests.integration.metering.driving import Driver, Json, stored
 from tests.unit.metering.bad_reports import BAD
 from tests.unit.metering.building import body, event
 
@@ -125,14 +130,17 @@ async def test_bad_messages_are_dead_lettered_and_block_nothing(driver: Driver) 
 
 
 async def test_a_letter_is_redriven_and_charged_once_however_often(driver: Driver) -> None:
-    """Published on another partition's subject: re-driving puts it where it belongs."""
+    """Reported too far ahead, and re-driven when its time has come: on another partition's subject, or as it should."""
+    time = (datetime.now(UTC) + timedelta(minutes=5, seconds=1)).isoformat()
+    early = body(1, time=time)
     async with driver.running() as http:
         await open_all(driver)
         headers = driver.headers("operator")
-        await driver.publish_raw(body(1), subject="usage.v1.63.demo")
-        await driver.publish_raw(body(1), subject="usage.v1.62.demo")
+        await driver.publish_raw(early, subject="usage.v1.63.demo")
+        await driver.publish_raw(early, subject="usage.v1.62.demo")
         await driver.publish_raw(b"{", subject="usage.v1.62.demo")
         await driver.until_counted(dead=3)
+        await asyncio.sleep(1.1)
         listed = (await http.get("/dead-letters", headers=headers)).json()["dead_letters"]
         answers = {}
         for letter in listed:
@@ -189,3 +197,82 @@ async def test_use_of_many_months_is_logged_in_the_month_it_happened(driver: Dri
         ("use-2", "usage_log_2020_01"),
         ("use-3", "usage_log_2025_03"),
     ]
+
+
+async def test_use_on_another_partitions_subject_is_sent_on_and_charged_once(driver: Driver) -> None:
+    """However often, on whatever subject, beside the same use where it belongs."""
+    async with driver.running():
+        await open_all(driver)
+        for subject in ("usage.v1.63.demo", "usage.v1.xx.demo", "usage.v1.63.demo"):
+            await driver.publish_raw(body(1), subject=subject)
+        await driver.publish_raw(body(2, time=None), subject="usage.v1.63.demo")
+        await driver.until_counted(rerouted=4, new=2, charged=2, duplicate=1)
+        await driver.publish([event(1)])
+        await driver.publish_raw(body(1, data_input_tokens=5), subject="usage.v1.63.demo")
+        await driver.until_counted(rerouted=5, new=2, charged=2, duplicate=2, conflicting=1)
+        assert await driver.rows("SELECT 1 FROM reroutes") == []
+        ((subject,),) = await driver.rows("SELECT subject FROM usage_log WHERE event_id = 'use-1'")
+        assert subject is None
+    assert sorted(await driver.charged()) == ["use-1", "use-2"]
+
+
+async def test_binary_and_structured_mode_are_one_use(driver: Driver) -> None:
+    said = event(1, region="Zürich")
+    headers = {f"ce-{name}": quote(text) for name, text in said.items() if name != "data"}
+    message = Message(
+        subject=usage_subject(partition=partition_of("acme-1"), source="demo"),
+        payload=json.dumps(said["data"]).encode(),
+        message_id=None,
+        headers={**headers, "content-type": "application/json"},
+    )
+    async with driver.running() as http:
+        await open_all(driver)
+        await publish(driver.demo_nats, stream=USAGE, message=message)
+        await driver.publish([said, said | {"datacontenttype": "application/json"}])
+        await driver.until_counted(new=1, charged=1, duplicate=2)
+        other = replace(message, headers={**headers, "ce-region": "Bern"})
+        await publish(driver.demo_nats, stream=USAGE, message=other)
+        await driver.until_counted(new=1, charged=1, duplicate=2, conflicting=1)
+        (conflict,) = (await http.get("/api/v1/conflicts", headers=driver.headers("operator"))).json()["conflicts"]
+        assert json.loads(conflict["body"]) == said | {"region": "Bern"}
+
+
+async def test_use_of_another_type_is_logged_as_it_was_sent_and_waits_for_a_price(driver: Driver) -> None:
+    used = {"path": "/v1", "size": 1.5, "tags": ["a", None]}
+    async with driver.running() as http:
+        await open_all(driver)
+        await driver.publish([event(1, type="api-calls", data=used), event(2, type="api-calls", data=None)])
+        await driver.until_counted(new=2, unpriced=2)
+        assert await driver.rows("SELECT event_id, type, data FROM usage_log ORDER BY event_id") == [
+            ("use-1", "api-calls", used),
+            ("use-2", "api-calls", {}),
+        ]
+        waiting = (await http.get("/api/v1/set-aside", headers=driver.headers("operator"))).json()["set_aside"]
+        assert {each["key"] for each in waiting} == {"type:api-calls"}
+
+
+async def test_use_that_is_too_old_is_refused_as_the_setting_says_unless_it_is_a_repeat(driver: Driver) -> None:
+    def of_days_ago(number: int, days: int) -> Json:
+        return event(number, time=(datetime.now(UTC) - timedelta(days=days)).isoformat())
+
+    known, other = of_days_ago(3, 36), of_days_ago(3, 37)
+    async with driver.running():
+        await open_all(driver)
+        await driver.publish([known])
+        await driver.until_counted(new=1, charged=1)
+    async with driver.running(driver.settings.model_copy(update={"metering_age_days_max": 35})) as http:
+        await driver.publish([of_days_ago(1, 34), of_days_ago(2, 36), known])
+        await driver.until_counted(new=2, charged=2, dead=1, duplicate=1)
+        headers = driver.headers()
+        refused = await http.post("/api/v1/events", json=[known, of_days_ago(4, 36)], headers=headers)
+        assert (refused.status_code, [each["index"] for each in refused.json()["errors"]]) == (400, [1])
+        assert (await http.post("/api/v1/events", json=[known, of_days_ago(5, 1)], headers=headers)).status_code == 204
+        await driver.until_counted(new=3, charged=3, dead=1, duplicate=2)
+        asked = await http.post("/api/v1/events?debug=true", json=[other, known], headers=headers)
+        assert [each["outcome"] for each in asked.json()["events"]] == ["conflicting", "duplicate"]
+        # Put anew where it belongs, and judged there alike.
+        await driver.publish_raw(json.dumps(known).encode(), subject="usage.v1.63.demo")
+        await driver.publish_raw(json.dumps(of_days_ago(6, 36)).encode(), subject="usage.v1.63.demo")
+        await driver.until_counted(new=3, charged=3, dead=2, duplicate=4, conflicting=1)
+    letters = await list_letters(driver.connection, limit=10)
+    assert {letter.reason for letter in letters} == {"time: the time is 36 days ago, more than 35 days"}

@@ -47,8 +47,15 @@ RUNTIME: Final[Mapping[str, Mapping[str, str]]] = {
         "set_aside": "SELECT INSERT UPDATE(key,reason) DELETE",
         "conflicts": "SELECT INSERT UPDATE(times)",
         "directory": ADD,
-        "ingest_counters": ("SELECT INSERT UPDATE(charged,conflicting,dead,duplicate,new,unattributed,unpriced)"),
+        "aliases": "SELECT INSERT UPDATE(pending) DELETE",
+        "reroutes": "SELECT INSERT DELETE",
+        "answers": "SELECT INSERT DELETE",
+        "ingest_counters": (
+            "SELECT INSERT UPDATE(charged,conflicting,dead,duplicate,new,rerouted,unattributed,unmapped,unpriced)"
+        ),
         "price_versions": ADD,
+        "meter_versions": ADD,
+        "price_counters": "SELECT INSERT UPDATE(credit,quantity)",
         # The bundles are the record of what was charged.
         "outbox": ADD,
     },
@@ -106,6 +113,7 @@ NEVER: Final[Mapping[str, Mapping[str, str]]] = {
         "usage_log_other": "UPDATE DELETE TRUNCATE",
         "usage_log_2026_01": "UPDATE DELETE TRUNCATE",
         "price_versions": "UPDATE DELETE TRUNCATE",
+        "meter_versions": "UPDATE DELETE TRUNCATE",
     },
     "ledger": dict.fromkeys(
         ("journal", "commands", "bundles", "charge_lines", "reversals", "signatures"), "UPDATE DELETE TRUNCATE"
@@ -124,7 +132,13 @@ NEVER: Final[Mapping[str, Mapping[str, str]]] = {
 
 # Every function, and whether the runtime role of its service may call it. Nobody else but its owner may.
 FUNCTIONS: Final[Mapping[str, Mapping[str, bool]]] = {
-    "metering": {"ensure_usage_month": True, "refuse_change": False, "only_charge_once": False},
+    "metering": {
+        "ensure_usage_month": True,
+        "take_from_log": True,
+        "refuse_change": False,
+        "only_charge_once": False,
+        "only_move_to_account": False,
+    },
     "ledger": {"advance_heads": True, "batch_at": True, "refuse_change": False},
     "billing": {"refuse_change": False, "keep_the_event": False, "grant_once": False},
     "keyvault": {"refuse_change": False},

@@ -11,7 +11,7 @@ from contracts.accounts import ACCOUNT_LENGTH_MAX, DEPTH_MAX, SEGMENT_LENGTH_MAX
 from contracts.ids import make_id, uuid7
 from contracts.money import Unit
 from contracts.partition import PARTITION_COUNT
-from contracts.usage import TOKENS_MAX
+from contracts.usage import BESIDE, TOKENS_MAX
 
 Json = dict[str, Any]
 
@@ -80,6 +80,15 @@ usage_data: st.SearchStrategy[Json] = st.fixed_dictionaries(
         "hold": hold_ids | st.none(),
         "own_key": st.booleans(),
         "feature": _words | st.none(),
+        "service_tier": st.none() | st.sampled_from(["batch", "flex", "priority"]),
+        "counts": st.none()
+        | st.fixed_dictionaries(
+            {},
+            optional={
+                **{name: st.integers(0, TOKENS_MAX) for name in BESIDE},
+                "tool_calls": st.dictionaries(_words, st.integers(0, TOKENS_MAX), max_size=3),
+            },
+        ),
         "attributes": st.dictionaries(_words, _attribute_values, max_size=4),
     },
 )
@@ -102,6 +111,27 @@ usage_events: st.SearchStrategy[Json] = st.builds(
     lambda known, extensions: known | extensions,
     _known,
     st.dictionaries(_extension_names, _extension_values, max_size=3),
+)
+
+# What publishers call accounts that have another id.
+foreign_subjects = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1, max_size=40)
+_other_values: st.SearchStrategy[Any] = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(-1e15, 1e15).map(lambda x: round(x, 6))
+    | _texts,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_texts, inner, max_size=4),
+    max_leaves=10,
+)
+other_events: st.SearchStrategy[Json] = st.builds(
+    lambda known, type, subject, data: known | {"type": type, "subject": subject, "data": data},
+    usage_events,
+    st.text(st.characters(codec="utf-8", min_codepoint=0x20), min_size=1, max_size=40).filter(
+        lambda type: not type.startswith("scrip.")
+    ),
+    accounts | foreign_subjects,
+    st.none() | st.dictionaries(_texts, _other_values, max_size=6),
 )
 
 json_values: st.SearchStrategy[Any] = st.recursive(

@@ -66,6 +66,14 @@ def counted(used: ModelUsed, quantity: Quantity) -> int:
     return {"input_tokens": used.input_tokens, "output_tokens": used.output_tokens, "calls": 1}[quantity]
 
 
+def unpriced(used: ModelUsed, listed: list[Rate]) -> set[str]:
+    """What of a call no rate in money is for. A model with none for tokens has a price for the whole call, or none."""
+    in_money = {each.quantity for each in listed if UNITS[each.unit].kind == "money"}
+    if used.own_key or in_money <= {"calls"}:
+        return set()
+    return {name for name in ("input_tokens", "output_tokens") if counted(used, name)} - in_money
+
+
 def half_even(value: Fraction) -> int:
     """The nearest integer, ties to the even one; written out, so that it shares nothing with Decimal."""
     floor = value.numerator // value.denominator
@@ -79,6 +87,12 @@ def half_even(value: Fraction) -> int:
 @example(use(input_tokens=1), [Rate(quantity="input_tokens", unit="usd", price=Decimal("0.0000000005"), per=1)])
 @example(use(input_tokens=3), [Rate(quantity="input_tokens", unit="usd", price=Decimal("0.0000000005"), per=1)])
 def test_amounts_are_exact_sums_rounded_once_per_unit(used: ModelUsed, listed: list[Rate]) -> None:
+    listed = list({each.place: each for each in listed}.values())
+    if missing := unpriced(used, listed):
+        with pytest.raises(Unpriced) as refusal:
+            rate(used, price_version=version(*listed), units=UNITS)
+        assert set(refusal.value.missing) == missing
+        return
     rated = rate(used, price_version=version(*listed), units=UNITS)
     priced = [each for each in listed if not used.own_key or UNITS[each.unit].own_key_counts]
     exact: dict[str, Fraction] = {}
@@ -96,6 +110,8 @@ def test_amounts_are_exact_sums_rounded_once_per_unit(used: ModelUsed, listed: l
 
 @given(uses, st.lists(rates, max_size=6))
 def test_rating_does_not_depend_on_the_callers_decimal_context(used: ModelUsed, listed: list[Rate]) -> None:
+    if unpriced(used, listed):
+        return
     rated = rate(used, price_version=version(*listed), units=UNITS)
     with localcontext() as context:
         context.prec = 3

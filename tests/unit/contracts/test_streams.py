@@ -12,6 +12,7 @@ from contracts.partition import PARTITION_COUNT, token
 from contracts.streams import (
     CHARGES,
     CONSUMERS,
+    FORWARDED,
     LEDGER,
     OPERATOR,
     SOURCES,
@@ -238,3 +239,10 @@ def test_users_have_names_that_can_stand_in_a_subject() -> None:
     assert len(set(names)) == len(names)
     assert all(adapter.validate_python(name) == name for name in names)
     assert set(SOURCES) <= set(names)
+
+
+def test_nobody_but_metering_publishes_where_it_sends_on() -> None:
+    for user in USERS:
+        if user.name != "metering":
+            assert not any(meet(subject, f"usage.v1.*.{FORWARDED}") for subject in permissions(user).publish), user.name
+    assert FORWARDED not in SOURCES

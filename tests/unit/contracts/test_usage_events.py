@@ -4,21 +4,40 @@ import copy
 import json
 from datetime import datetime
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from contracts.accounts import check_account
 from contracts.envelope import (
+    DATA_DEPTH_MAX,
+    DATA_MEMBERS_MAX,
     EVENT_BYTES_MAX,
     PROBLEMS_MAX,
     SERVER_FILLED,
+    SUBJECT_LENGTH_MAX,
     InvalidEvent,
+    OtherEvent,
     UsageEvent,
+    binary_attributes,
     body_hash,
+    is_account,
     read_usage_event,
+    structured,
 )
-from tests.unit.contracts.strategies import Json, json_values, times_text, usage_events
+from tests.unit.contracts.strategies import (
+    Json,
+    accounts,
+    foreign_subjects,
+    json_values,
+    other_events,
+    times_text,
+    usage_events,
+)
+
+any_events = usage_events | other_events
 
 EVENT: Json = {
     "specversion": "1.0",
@@ -32,7 +51,7 @@ EVENT: Json = {
 ENCODED = json.dumps(EVENT).encode()
 
 
-def read(raw: Json) -> tuple[UsageEvent, bytes]:
+def read(raw: Json) -> tuple[UsageEvent | OtherEvent, bytes]:
     return read_usage_event(json.dumps(raw).encode())
 
 
@@ -62,7 +81,7 @@ def shuffled(raw: Json, order: list[int]) -> Json:
 # --- reading ---
 
 
-@given(usage_events)
+@given(any_events)
 def test_a_valid_event_is_read_as_it_was_sent(raw: Json) -> None:
     event, _ = read(raw)
     dumped = event.model_dump(mode="json", exclude_unset=True)
@@ -142,6 +161,7 @@ def test_json_that_is_no_event_is_invalid(body: bytes) -> None:
 @example(b"-")
 @example(b'"\\ud800"')
 def test_any_bytes_that_are_no_event_are_invalid(body: bytes) -> None:
+    assume(body.strip() != b"{}")
     assert set(problems_of(body)) == {""}
 
 
@@ -185,7 +205,7 @@ def test_every_problem_is_named_at_once() -> None:
     body = changed(
         specversion="0.3",
         source="De mo",
-        subject="a//b",
+        subject="a\x07b",
         time="yesterday",
         region=1.5,
         Region="eu",
@@ -205,8 +225,137 @@ def test_every_problem_is_named_at_once() -> None:
     }
 
 
-def test_an_unknown_type_says_which_are_known() -> None:
-    assert problems_of(changed(type="com.example.used"))["type"] == "unknown event type: known is scrip.model.used.v1"
+@pytest.mark.parametrize("kind", ["scrip.model.used.v2", "scrip.", 1, None])
+def test_an_unknown_type_of_ours_says_which_are_known(kind: Any) -> None:
+    assert problems_of(changed(type=kind))["type"] == "unknown event type: of scrip.* known is scrip.model.used.v1"
+
+
+def test_an_event_of_any_other_type_has_any_object_as_its_data() -> None:
+    event, _ = read(EVENT | {"type": "api-calls", "data": {"path": "/v1", "took": 1.5, "tags": [None, {"a": True}]}})
+    assert isinstance(event, OtherEvent)
+    for nothing in ({"data": None}, {}):
+        raw = {name: value for name, value in EVENT.items() if name != "data"} | nothing | {"type": "api-calls"}
+        assert read(raw)[0].data is None
+    wrongs: list[Any] = ["{}", 1, [{}], True]
+    for wrong in wrongs:
+        assert set(problems_of(changed(type="api-calls", data=wrong))) == {"data"}
+
+
+def nested(levels: int) -> Json:
+    return {"a": nested(levels - 1)} if levels > 1 else {}
+
+
+def test_data_of_other_types_has_bounds() -> None:
+    def with_other(**data: Any) -> bytes:
+        return changed(type="api-calls", data=data)
+
+    read_usage_event(with_other(a=nested(DATA_DEPTH_MAX - 1)))
+    assert set(problems_of(with_other(a=nested(DATA_DEPTH_MAX)))) == {"data" + ".a" * DATA_DEPTH_MAX}
+    assert set(problems_of(with_other(a=[[[[[[[[[]]]]]]]]]))) == {"data.a.0.0.0.0.0.0.0"}
+    full = {f"m{number}": number for number in range(DATA_MEMBERS_MAX // 2 - 1)}
+    read_usage_event(with_other(one=full, two=full))
+    assert "at most 256 members" in problems_of(with_other(one=full, two=full, three=1))["data"]
+    read_usage_event(with_other(number=10**64 - 1))
+    for beyond in (b"1" + b"0" * 64, b"-1" + b"0" * 64, b"1e64", b"1e-65", b"0." + b"0" * 64 + b"1"):
+        assert set(problems_of(with_other(number=7).replace(b"7}", beyond + b"}"))) == {"data.number"}
+    assert set(problems_of(with_other(number=7).replace(b"7}", b"1e99999999999999999999}"))) == {""}
+    assert set(problems_of(with_other(**{"a\x00": 1, "b": ["\x00"]}))) == {"data", "data.b.0"}
+
+
+# --- subjects ---
+
+
+@given(accounts | foreign_subjects)
+def test_a_subject_is_any_text_and_an_account_if_it_is_the_id_of_one(subject: str) -> None:
+    assert read(EVENT | {"subject": subject})[0].subject == subject
+    try:
+        check_account(subject)
+    except ValueError:
+        assert not is_account(subject)
+    else:
+        assert is_account(subject)
+
+
+@pytest.mark.parametrize(
+    "subject", ["", "a\x00", "a\nb", "\x7f", "a\x9f", "x " * (SUBJECT_LENGTH_MAX // 2) + "x", "a" * 401, 1]
+)
+def test_a_subject_has_a_length_and_no_control_characters(subject: Any) -> None:
+    assert set(problems_of(changed(subject=subject))) == {"subject"}
+
+
+# --- binary mode ---
+
+
+def in_headers(raw: Json) -> list[tuple[str, str]]:
+    """The headers of an event whose attributes are all text."""
+    said = {name: quote(value, safe="") for name, value in raw.items() if name not in ("data", "datacontenttype")}
+    return [("Content-Type", "application/json; charset=utf-8"), *((f"ce-{name}", text) for name, text in said.items())]
+
+
+@given(any_events, st.booleans())
+def test_an_event_is_the_same_in_binary_and_in_structured_mode(raw: Json, in_quotes: bool) -> None:
+    raw = {name: value for name, value in raw.items() if name == "data" or isinstance(value, str)}
+    headers = in_headers(raw)
+    if in_quotes:
+        headers = [(name, f'"{value}"' if name.startswith("ce-") else value) for name, value in headers]
+    attributes = binary_attributes(headers)
+    assert attributes is not None
+    data = json.dumps(raw["data"]).encode()
+    event, digest = read_usage_event(structured(attributes, data))
+    plain, plain_digest = read({name: value for name, value in raw.items() if name != "datacontenttype"})
+    assert (event, digest) == (plain, plain_digest)
+    assert hash_of(raw) == digest
+
+
+def test_without_a_body_binary_mode_has_no_data() -> None:
+    raw = {name: value for name, value in EVENT.items() if name != "data"} | {"type": "api-calls"}
+    attributes = binary_attributes(in_headers(raw))
+    assert attributes is not None
+    assert read_usage_event(structured(attributes, b" "))[1] == hash_of(raw)
+
+
+@given(st.binary(max_size=40) | json_values.map(lambda value: json.dumps(value).encode()))
+@example(b'{}, "id": "another"')
+@example(b"{}} {")
+def test_data_in_binary_mode_says_nothing_but_data(data: bytes) -> None:
+    attributes = binary_attributes(in_headers({name: value for name, value in EVENT.items() if name != "data"}))
+    assert attributes is not None
+    attributes["type"] = "api-calls"
+    wrong: set[str] = set()
+    try:
+        event, _ = read_usage_event(structured(attributes, data))
+        assert (event.id, event.subject, event.model_extra) == (EVENT["id"], EVENT["subject"], {})
+    except InvalidEvent as invalid:
+        wrong = {problem.field.split(".")[0] for problem in invalid.problems}
+    assert wrong <= {"data"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "places"),
+    [
+        ([("ce-id", "1"), ("Ce-Id", "2")], {"id"}),
+        ([("ce-id", "%ff"), ("ce-data", "{}")], {"id", "data"}),
+    ],
+)
+def test_what_is_wrong_with_headers_is_named(headers: list[tuple[str, str]], places: set[str]) -> None:
+    with pytest.raises(InvalidEvent) as refusal:
+        binary_attributes(headers)
+    assert {problem.field for problem in refusal.value.problems} == places
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [[], [("Content-Type", "application/json")], [("content-type", "application/cloudevents+json"), ("ce-id", "1")]],
+)
+def test_a_message_without_ce_headers_or_of_cloudevents_is_structured(headers: list[tuple[str, str]]) -> None:
+    assert binary_attributes(headers) is None
+
+
+def test_data_that_is_said_to_be_no_json_is_refused() -> None:
+    attributes = binary_attributes([*in_headers({"id": "1"})[1:], ("content-type", "text/xml")])
+    assert attributes is not None
+    with pytest.raises(InvalidEvent, match="datacontenttype"):
+        read_usage_event(structured(attributes, b"{}"))
 
 
 def test_a_value_of_several_possible_types_is_one_problem() -> None:
@@ -253,7 +402,7 @@ def test_a_time_is_rfc_3339_with_an_offset_and_of_our_age(time: Any) -> None:
 # --- the body hash ---
 
 
-@given(usage_events, st.lists(st.integers(0, 100), min_size=3, max_size=8), st.sampled_from([None, 0, 1, 4]))
+@given(any_events, st.lists(st.integers(0, 100), min_size=3, max_size=8), st.sampled_from([None, 0, 1, 4]))
 def test_the_hash_does_not_depend_on_order_white_space_or_escapes(
     raw: Json, order: list[int], indent: int | None
 ) -> None:
@@ -264,7 +413,7 @@ def test_the_hash_does_not_depend_on_order_white_space_or_escapes(
         assert read_usage_event(body)[1] == digest
 
 
-@given(usage_events, times_text)
+@given(any_events, times_text)
 def test_what_ingest_filled_in_is_no_content(raw: Json, time: str) -> None:
     sent = {name: value for name, value in raw.items() if name != "time"}
     assert hash_of(sent | {"time": time, SERVER_FILLED: "time"}) == hash_of(sent)
@@ -276,15 +425,22 @@ def test_the_trace_an_event_took_is_no_content(raw: Json, trace: str) -> None:
     assert hash_of(raw | {"traceparent": trace, "tracestate": f"vendor={trace}"}) == hash_of(raw)
 
 
-@given(usage_events, usage_events)
+@given(any_events)
+def test_that_data_is_json_is_known_and_no_content(raw: Json) -> None:
+    without = {name: value for name, value in raw.items() if name != "datacontenttype"}
+    assert hash_of(without | {"datacontenttype": "application/json"}) == hash_of(without)
+
+
+@given(any_events, any_events)
 def test_another_content_has_another_hash(one: Json, other: Json) -> None:
+    one, other = one | {"datacontenttype": None}, other | {"datacontenttype": None}
     assert (hash_of(one) == hash_of(other)) == (canonical(one) == canonical(other))
 
 
 @given(usage_events, st.data())
 def test_any_single_change_changes_the_hash(raw: Json, data: st.DataObject) -> None:
     other = data.draw(usage_events)
-    place = data.draw(st.sampled_from(sorted(raw)))
+    place = data.draw(st.sampled_from(sorted(raw.keys() - {"datacontenttype"})))
     mutated = {name: value for name, value in raw.items() if name != place}
     assert body_hash(mutated) != hash_of(raw)
     if place in other and canonical(other[place]) != canonical(raw[place]):
@@ -306,6 +462,7 @@ def test_any_single_change_changes_the_hash(raw: Json, data: st.DataObject) -> N
         {"attempt": 1},
         {"attempt": True},
         {"attempt": "1"},
+        {"type": "api-calls"},
     ],
 )
 def test_changes_that_look_small_are_changes(change: Json) -> None:
@@ -313,6 +470,16 @@ def test_changes_that_look_small_are_changes(change: Json) -> None:
     others = [{"attempt": other} for other in (1, True, "1") if canonical(other) != canonical(change.get("attempt"))]
     if "attempt" in change:
         assert all(hash_of(EVENT | other) != hash_of(EVENT | change) for other in others)
+
+
+def test_a_number_is_what_was_written() -> None:
+    written_ways = [b"1", b"1.0", b"1.00", b"1e0", b"1E0", b"0.1", b"0.1000000000000000055511151231257827"]
+    hashes = [
+        read_usage_event(changed(type="api-calls", data={"n": 7}).replace(b"7}", way + b"}"))[1] for way in written_ways
+    ]
+    # How an exponent is spelled is no content.
+    assert len(set(hashes)) == len(written_ways) - 2
+    assert hashes[0] == hashes[3] == hashes[4]
 
 
 def test_the_hash_never_changes() -> None:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from hashlib import sha256
 
-from contracts.envelope import read_usage_event
+from contracts.envelope import UsageEvent, read_usage_event
 from contracts.money import Unit
 from contracts.partition import partition_of
 from contracts.pricing import PriceVersion, Rate, rate
@@ -42,6 +42,7 @@ def test_every_event_is_a_usage_event_of_its_account() -> None:
     for row in requests():
         sent = message(row, anchor=ANCHOR)
         event, _ = read_usage_event(sent.payload)
+        assert isinstance(event, UsageEvent)
         assert (event.id, event.source, event.subject) == (event_id(row.number), "demo", account_of(row.number))
         assert event.time == ANCHOR + row.after_first
         assert (event.data.input_tokens, event.data.output_tokens) == (row.input_tokens, row.output_tokens)
@@ -68,6 +69,7 @@ def test_the_independent_bill_is_what_the_price_book_function_says() -> None:
     nanos: Counter[str] = Counter()
     for row in requests():
         event, _ = read_usage_event(message(row, anchor=ANCHOR).payload)
+        assert isinstance(event, UsageEvent)
         nanos[event.subject] += rate(event.data, price_version=prices, units={"usd": usd}).amounts["usd"]
     assert {account: amount * 10**9 for account, amount in independent.bill().amounts.items()} == dict(nanos)
 

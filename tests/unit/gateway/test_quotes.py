@@ -9,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from contracts.money import Unit, format_amount
-from contracts.pricing import PriceVersion, Rate
+from contracts.pricing import Override, PriceVersion, Rate, Surcharge
+from contracts.usage import ModelUsed
+from services.gateway.domain.counting import Counted
 from services.gateway.domain.errors import ModelNotPriced, NoProvider, RequestInvalid, Unavailable
 from services.gateway.domain.lately import SAMPLES_MIN, OutputLately
 from services.gateway.domain.prices import PriceBook, PricedModel
-from services.gateway.domain.quote import affordable_max_tokens, cost, quote, shown
+from services.gateway.domain.quote import Quote, affordable_max_tokens, cost, priced_tier, quote, shown
 from services.gateway.domain.request import ChatRequest, chat_request
 
 UNITS = {
@@ -179,3 +181,122 @@ def test_a_model_is_the_first_configured_providers() -> None:
         book.find("m", at=AT, providers=["other"])
     with pytest.raises(ModelNotPriced):
         book.find("unheard-of", at=AT, providers=["openai"])
+
+
+# Prices beyond those of plain tokens ----------------------------------------------------------------------------------
+
+
+def mtok(quantity: str, price: str, **more: Any) -> Rate:
+    return Rate(quantity, "usd", Decimal(price), 1_000_000, **more)
+
+
+def priced_by(*rates: Rate, account: str | None = None, **more: Any) -> PricedModel:
+    made = PriceVersion(id="v1", effective_at=AT, rates={("openai", "m"): rates}, **more)
+    return PricedModel(provider="openai", model="m", version=made, account=account)
+
+
+def quoted_for(asked: ChatRequest, priced: PricedModel, *, own_key: bool = False) -> Quote:
+    return quote(asked, priced, units=UNITS, own_key=own_key, lately=None, output_tokens_max=4096)
+
+
+DEAR = (
+    mtok("input_tokens", "1", above=((100, Decimal(2)), (10_000, Decimal("0.5")))),
+    mtok("output_tokens", "3"),
+    mtok("cached_input_tokens", "1.5"),
+    mtok("reasoning_tokens", "4"),
+    mtok("input_audio_tokens", "40"),
+    mtok("cached_audio_tokens", "20"),
+    mtok("output_audio_tokens", "80"),
+    mtok("input_tokens", "2.2", service_tier="priority"),
+    mtok("output_tokens", "6", service_tier="priority"),
+)
+
+
+@given(
+    counts=st.tuples(*[st.integers(0, 400) for _ in range(6)]),
+    audio=st.booleans(),
+    asked_tier=st.sampled_from([None, "priority", "default"]),
+    percent=st.integers(-100, 200),
+)
+def test_whatever_its_tokens_are_a_call_costs_no_more_than_its_quote(
+    counts: tuple[int, ...], audio: bool, asked_tier: str | None, percent: int
+) -> None:
+    inputs, outputs, cached, reasoning, heard, spoken = counts
+    markup = (Surcharge("usd", Decimal(percent), Decimal("0.01")),)
+    priced = priced_by(*DEAR, markup=markup, own_key_fees=(Surcharge("usd", abs(Decimal(percent))),))
+    asked = request("x" * 400, max_tokens=400, service_tier=asked_tier, **({"modalities": ["audio"]} if audio else {}))
+    reported = Counted(
+        input_tokens=inputs,
+        output_tokens=outputs,
+        estimated=False,
+        cached_tokens=cached,
+        reasoning_tokens=reasoning,
+        input_audio_tokens=heard,
+        output_audio_tokens=spoken,
+    )
+    for own_key in (False, True):
+        quoted = quoted_for(asked, priced, own_key=own_key)
+        for served in {None, quoted.used.service_tier}:
+            used = quoted.used.model_copy(
+                update={
+                    "input_tokens": inputs,
+                    "output_tokens": outputs,
+                    "counts": reported.counts(audio=asked.has_audio),
+                    "service_tier": served,
+                }
+            )
+            # What the gateway says of a call can be read by everybody.
+            ModelUsed.model_validate_json(used.model_dump_json())
+            assert cost(used, priced, units=UNITS).get("usd", 0) <= quoted.amounts.get("usd", 0)
+
+
+def test_a_call_that_has_nothing_to_do_with_audio_is_not_quoted_for_it() -> None:
+    priced = priced_by(*DEAR)
+    silent, spoken = quoted_for(request(), priced), quoted_for(request(audio={"voice": "alloy"}), priced)
+    assert spoken.amounts["usd"] > 10 * silent.amounts["usd"]
+    part = {"type": "input_audio", "input_audio": {"data": "A" * 640, "format": "wav"}}
+    body = {"model": "m", "messages": [{"role": "user", "content": [part]}]}
+    assert chat_request(body, image_tokens_max=1).has_audio
+    assert not request(modalities=["text"]).has_audio
+
+
+def test_a_service_tier_is_served_if_it_has_a_price() -> None:
+    priced = priced_by(*DEAR)
+    assert priced_tier(request(service_tier="priority"), priced) == "priority"
+    for tier in ("flex", "auto", "default", None):
+        assert priced_tier(request(service_tier=tier), priced) is None
+    dear, plain = quoted_for(request(service_tier="priority"), priced), quoted_for(request(), priced)
+    assert (dear.used.service_tier, plain.used.service_tier) == ("priority", None)
+    assert dear.amounts["usd"] > plain.amounts["usd"]
+
+
+def test_a_quote_is_of_the_accounts_own_terms() -> None:
+    cheaper = Override(rates={("openai", "m"): (mtok("output_tokens", "0"),)})
+    plain = (mtok("input_tokens", "0"), mtok("output_tokens", "3"))
+    prices = {"accounts": {"acme": cheaper}}
+    assert quoted_for(request(), priced_by(*plain, account="acme/ana", **prices)).amounts == {"usd": 0}
+    assert quoted_for(request(), priced_by(*plain, account="other", **prices)).amounts["usd"] > 0
+
+
+def test_a_model_whose_output_has_no_price_is_refused_before_it_is_called() -> None:
+    with pytest.raises(ModelNotPriced):
+        quoted_for(request(), priced_by(mtok("input_tokens", "1")))
+
+
+@given(st.tuples(*[st.integers(0, 50) for _ in range(6)]), st.booleans())
+def test_what_a_provider_reports_is_made_to_fit(counts: tuple[int, ...], audio: bool) -> None:
+    found = Counted(
+        input_tokens=counts[0],
+        output_tokens=counts[1],
+        estimated=False,
+        cached_tokens=counts[2],
+        reasoning_tokens=counts[3],
+        input_audio_tokens=counts[4],
+        output_audio_tokens=counts[5],
+    ).counts(audio=audio)
+    if found is None:
+        return
+    used = ModelUsed(provider="openai", model="m", input_tokens=counts[0], output_tokens=counts[1], counts=found)
+    assert used.counts == found
+    assert found.cached_input_tokens == min(counts[2], counts[0])
+    assert audio or (found.input_audio_tokens, found.output_audio_tokens) == (0, 0)

@@ -53,6 +53,26 @@ def test_usage_that_makes_no_sense_is_no_usage() -> None:
     assert found.reported == Reported(input_tokens=9, output_tokens=4, cached_tokens=5)
 
 
+def test_what_kinds_of_tokens_there_were_and_at_which_tier_is_read() -> None:
+    usage = {
+        "prompt_tokens": 9,
+        "completion_tokens": 4,
+        "prompt_tokens_details": {"cached_tokens": 5, "audio_tokens": 2},
+        "completion_tokens_details": {"reasoning_tokens": 1, "audio_tokens": 3},
+    }
+    found = translate.read_piece(json.dumps({"choices": [], "usage": usage, "service_tier": "flex"}).encode())
+    assert found is not None
+    assert found.reported == Reported(
+        input_tokens=9,
+        output_tokens=4,
+        cached_tokens=5,
+        reasoning_tokens=1,
+        input_audio_tokens=2,
+        output_audio_tokens=3,
+    )
+    assert found.service_tier == "flex"
+
+
 def test_what_is_not_json_is_not_a_piece() -> None:
     for data in (b"", b"{", b"[1]", b'{"choices": 5}', b"\xff", b'{"a":' * 5_000):
         assert translate.read_piece(data) is None

@@ -4,7 +4,7 @@ import json
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
-from tests.unit.metering.building import body, event
+from tests.unit.metering.building import Json, body, event
 
 
 def _ahead() -> str:
@@ -13,6 +13,10 @@ def _ahead() -> str:
 
 def _without(name: str) -> bytes:
     return json.dumps({each: value for each, value in event().items() if each != name}).encode()
+
+
+def _deep(levels: int) -> Json:
+    return {"deep": _deep(levels - 1)} if levels > 1 else {}
 
 
 _REQUIRED: Final = ("specversion", "id", "source", "type", "subject", "data")
@@ -41,9 +45,9 @@ BAD: Final[tuple[tuple[str, bytes, str], ...]] = (
     ("an empty id", body(id=""), "id"),
     ("an id with a NUL", body(id="use\x00"), "id"),
     ("an id of a thousand characters", body(id="u" * 1000), "id"),
-    ("an account with an empty segment", body(subject="acme//ml"), "subject"),
-    ("an account of five segments", body(subject="a/b/c/d/e"), "subject"),
-    ("an account that is not encoded", body(subject="acme ml"), "subject"),
+    ("an empty subject", body(subject=""), "subject"),
+    ("a subject with a line break", body(subject="acme\nml"), "subject"),
+    ("a subject that is too long", body(subject="acme ml" * 50), "subject"),
     ("a source of another", body(source="gateway"), "source"),
     ("a source that is no name", body(source="Demo!"), "source"),
     ("a time too far ahead", body(time=_ahead()), "time"),
@@ -54,4 +58,14 @@ BAD: Final[tuple[tuple[str, bytes, str], ...]] = (
     ("half a character", body(data_attributes={"endpoint": "\ud800"}), ""),
     ("an object as an extension", body(extra={"deep": 1}), "extra"),
     ("a hold that is no id", body(data_hold="hold-1"), "data.hold"),
+    ("data of another type that is a list", body(type="api-calls", data=[1]), "data"),
+    ("data of another type that is too deep", body(type="api-calls", data=_deep(9)), "data" + ".deep" * 8),
+    (
+        "data of another type with too much in it",
+        body(type="api-calls", data=dict.fromkeys(map(str, range(257)))),
+        "data",
+    ),
+    ("data of another type with a NUL", body(type="api-calls", data={"path": "/v1\x00"}), "data.path"),
+    ("a number of another type beyond bounds", body(type="api-calls", data={"size": 10**64}), "data.size"),
+    ("metering as the source", body(source="metering"), "source"),
 )

@@ -7,9 +7,9 @@ from typing import Any, Final
 
 from contracts.money import Unit
 from contracts.partition import partition_of
-from contracts.pricing import PriceVersion, Rate
+from contracts.pricing import PriceVersion, Rate, Rated
 from contracts.usage import ModelUsed
-from services.metering.domain.prices import PriceBook
+from services.metering.domain.prices import CountedFirst, NoPrice, PriceBook
 from services.metering.domain.usage import Usage
 
 NOON: Final = datetime(2026, 3, 14, 12, tzinfo=UTC)
@@ -53,6 +53,7 @@ def usage(number: int = 1, *, account: str | None = None, content: bytes = b"fir
         "source": "demo",
         "event_id": f"use-{number}",
         "account": account,
+        "subject": account,
         "type": "scrip.model.used.v1",
         "occurred_at": NOON + timedelta(seconds=number),
         "body_hash": content,
@@ -80,6 +81,13 @@ def price_version(
             )
         },
     )
+
+
+def priced(book: PriceBook, use: Usage) -> Rated | NoPrice:
+    """What a use costs that does not depend on what was used before."""
+    price = book.price(use)
+    assert not isinstance(price, CountedFirst)
+    return price
 
 
 def price_book(*versions: PriceVersion) -> PriceBook:

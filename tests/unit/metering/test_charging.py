@@ -11,7 +11,7 @@ from contracts.pricing import Rated
 from services.metering.domain.charging import Charge, Head, advance, bundle, decide_charges
 from services.metering.domain.prices import NoPrice
 from services.metering.domain.usage import Usage
-from tests.unit.metering.building import NOON, price_book, usage
+from tests.unit.metering.building import NOON, price_book, priced, usage
 
 HEADS = {partition: Head(outbox_number=partition * 10, recorded_at=NOON) for partition in range(64)}
 TIMES = dict.fromkeys(range(64), NOON + timedelta(seconds=1))
@@ -29,7 +29,7 @@ def test_every_use_is_charged_or_waits_for_what_it_lacks(numbers: set[int], open
     book = price_book()
     uses: list[Usage] = [usage(number) for number in sorted(numbers)]
     uses += [usage(100 + number, occurred_at=NOON - timedelta(days=900)) for number in sorted(numbers)]
-    decided = decide_charges(((each, book.price(each)) for each in uses), open_accounts=open_accounts)
+    decided = decide_charges(((each, priced(book, each)) for each in uses), open_accounts=open_accounts)
     assert sorted(
         [each.usage.event_id for each in decided.charges] + [each.usage.event_id for each in decided.set_aside]
     ) == sorted(each.event_id for each in uses)

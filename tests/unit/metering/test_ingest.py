@@ -2,11 +2,14 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Final
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.metering.domain.ingest import first_of_each, judge
+from contracts.partition import partition_of
+from services.metering.domain.ingest import first_of_each, judge, place
 from services.metering.domain.usage import Key, Usage
 from tests.unit.metering.building import usage
 
@@ -62,6 +65,80 @@ def test_the_first_content_counts_and_every_other_one_is_a_conflict(
         usage(number).key: content for number, content in first.items()
     }
     assert counts["conflicts"] == sum(content != first[number] for number, content in reports)
+
+
+ALIASES: Final = {"customer 1": "acme", "customer 2": "acme/ana", "customer-3": "other"}
+
+
+class World:
+    """Partitions that share nothing: what each has seen and logged, and the messages on their way."""
+
+    def __init__(self) -> None:
+        self.seen: dict[Key, bytes] = {}
+        self.log: list[Usage] = []
+        self.sent_on: list[Usage] = []
+        self.counts: Counter[str] = Counter()
+
+    def deliver(self, batch: Sequence[Usage]) -> None:
+        """What a batch does, wherever its messages came."""
+        firsts = first_of_each(batch)
+        claimed = {each.key: self.seen[each.key] for each in firsts if each.key in self.seen}
+        judged = judge(batch, claimed=claimed)
+        self.seen.update({each.key: each.body_hash for each in judged.new})
+        placed = place(
+            judged.new, aliases={(partition_of(subject), subject): account for subject, account in ALIASES.items()}
+        )
+        assert not placed.unmapped
+        assert len(placed.here) + len(placed.elsewhere) == len(judged.new)
+        self.log += placed.here
+        by_key = {(each.partition, each.source, each.event_id): each for each in judged.new}
+        for each in placed.elsewhere:
+            # It is read again where it goes to: there it has its account, and that account's partition.
+            assert each.account is not None
+            self.sent_on.append(
+                msgspec.structs.replace(
+                    by_key[each.partition, each.source, each.event_id],
+                    key=(each.to, each.source, each.event_id),
+                    partition=each.to,
+                    account=each.account,
+                )
+            )
+        self.counts.update(new=len(placed.here), rerouted=len(placed.elsewhere))
+        self.counts.update(duplicate=len(judged.repeats), conflicting=len(judged.conflicts), deliveries=len(batch))
+
+
+@given(
+    reports=st.lists(
+        st.tuples(st.integers(0, 8), st.sampled_from([*ALIASES, "acme", "other/ana"])), min_size=1, max_size=30
+    ),
+    data=st.data(),
+)
+def test_sending_on_in_any_order_and_however_often_gives_the_same_log(
+    reports: list[tuple[int, str]], data: st.DataObject
+) -> None:
+    """Ids are of one subject each: what is sent on may be sent again at any time, and so may the report itself."""
+    came = [
+        msgspec.structs.replace(
+            usage(number, account=subject, event_id=f"{subject}:{number}"), account="" if " " in subject else subject
+        )
+        for number, subject in reports
+    ]
+    world = World()
+    on_their_way = data.draw(st.permutations(came * 2))
+    while on_their_way:
+        size = data.draw(st.integers(1, len(on_their_way)))
+        batch, on_their_way = on_their_way[:size], on_their_way[size:]
+        world.deliver(batch)
+        again = data.draw(st.integers(1, 2)) if world.sent_on else 1
+        on_their_way = data.draw(st.permutations([*on_their_way, *world.sent_on * again]))
+        world.sent_on.clear()
+    logged = {(each.event_id, each.account, each.partition) for each in world.log}
+    assert len(world.log) == len(logged)
+    expected = {(each.event_id, ALIASES.get(each.subject, each.subject)) for each in came}
+    assert logged == {(event_id, account, partition_of(account)) for event_id, account in expected}
+    assert world.counts["new"] == len(expected)
+    outcomes = ("new", "duplicate", "conflicting", "rerouted")
+    assert world.counts["deliveries"] == sum(world.counts[name] for name in outcomes)
 
 
 def test_a_conflict_names_the_content_that_counts() -> None:

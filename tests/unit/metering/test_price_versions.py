@@ -22,7 +22,7 @@ from services.metering.domain.prices import (
     difference,
     is_new,
 )
-from tests.unit.metering.building import NOON, USD, price_book, price_version, usage
+from tests.unit.metering.building import NOON, USD, price_book, price_version, priced, usage
 
 MODELS = ("gpt-4o", "gpt-4o-mini")
 PRICES = st.sampled_from(["0", "0.15", "0.60", "2"])
@@ -33,7 +33,10 @@ def version_of(number: int, prices: dict[str, str]) -> PriceVersion:
         id=f"v{number}",
         effective_at=NOON + timedelta(days=number),
         rates={
-            ("openai", model): (Rate(quantity="input_tokens", unit="usd", price=Decimal(price), per=1_000_000),)
+            ("openai", model): (
+                Rate(quantity="input_tokens", unit="usd", price=Decimal(price), per=1_000_000),
+                Rate(quantity="output_tokens", unit="usd", price=Decimal(price), per=1_000_000),
+            )
             for model, price in prices.items()
         },
     )
@@ -78,7 +81,7 @@ def test_use_set_aside_is_found_if_and_only_if_a_later_book_prices_it(
         (since is None or since <= waiting.occurred_at) and (until is None or waiting.occurred_at < until)
         for since, until in after.priced_times(price.key)
     )
-    later = after.price(waiting)
+    later = priced(after, waiting)
     if price.key.startswith("version:") and "/" in price.key:
         # Its version will never have a price for it: books only grow.
         assert not found
@@ -130,7 +133,7 @@ def test_a_difference_is_all_that_differs(old: dict[str, str], new: dict[str, st
         model for model in new.keys() & old.keys() if Decimal(new[model]) != Decimal(old[model])
     }
     assert found.is_empty == (old == new)
-    for (_, model), (changed,) in found.changed.items():
+    for (_, model), (changed, _) in found.changed.items():
         assert changed.old is not None
         assert changed.new is not None
         assert (changed.old.price, changed.new.price) == (Decimal(old[model]), Decimal(new[model]))

@@ -1,7 +1,9 @@
 """`scrip prices`: imports exactly what the book can express, keeps the rest of it, and stores only when told to."""
 
 import json
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +11,16 @@ import httpx2
 import pytest
 import typer
 from genai_prices import Usage, calc_price
-from genai_prices.data_snapshot import get_snapshot
 from typer.testing import CliRunner
 
-from contracts.money import Unit
-from contracts.pricing import rate
-from contracts.usage import ModelUsed
+from contracts.pricing import Override, OwnPrice, Surcharge, Tier
 from infra.commands import prices
 from infra.errors import StackError
 from infra.service_api import ServiceApi
 from services.kit.catalogue import load_catalogue
 from services.metering import translate
 from services.metering.domain.prices import PriceBook, difference, is_new
+from services.metering.translate.receipts import ReceiptRow, receipt
 
 CATALOGUE = load_catalogue(Path(__file__).parents[3] / "infra" / "catalogue" / "catalogue.toml")
 AT = datetime(2026, 11, 20, 12, tzinfo=UTC)
@@ -101,13 +101,33 @@ def test_an_import_keeps_all_other_models_and_counts_tokens_and_calls(metering: 
     found = difference(before, after)
     assert (len(found.added), found.removed, found.changed) == (1, {}, {})
     (rates,) = found.added.values()
-    assert [(each.quantity, each.unit) for each in rates] == [
+    assert [(each.quantity, each.unit) for each in rates if each.service_tier is None] == [
         ("input_tokens", "usd"),
         ("output_tokens", "usd"),
+        ("cached_input_tokens", "usd"),
+        ("tool_calls.web_search", "usd"),
+        ("tool_calls.storage_search", "usd"),
         ("input_tokens", "tokens"),
         ("output_tokens", "tokens"),
         ("calls", "calls"),
     ]
+    assert {each.service_tier for each in rates} == {None, "batch", "flex", "priority", "fast"}
+
+
+def test_an_import_says_on_what_the_version_says_besides(metering: Metering) -> None:
+    (latest,) = metering.book.from_now_on(AT)[:1]
+    own = OwnPrice(id="renders", type="render", unit="usd", kind="per_unit", tiers=(Tier(None, Decimal("0.2")),))
+    markup = (Surcharge("usd", percent=Decimal(20)),)
+    terms = {"acme": Override(markup=())}
+    further = replace(
+        latest, id="v8", effective_at=AT - timedelta(days=1), prices=(own,), markup=markup, accounts=terms
+    )
+    metering.book = metering.book.extended([further])
+    assert run("import", "--provider", "openai", "--model", "gpt-5", "--yes", "--id", "v9").exit_code == 0
+    after = metering.book.find("v9")
+    assert after is not None
+    assert (after.prices, after.markup, after.accounts) == ((own,), markup, terms)
+    assert difference(further, after).others == []
 
 
 def test_importing_again_finds_nothing_to_do(metering: Metering) -> None:
@@ -118,36 +138,12 @@ def test_importing_again_finds_nothing_to_do(metering: Metering) -> None:
     assert len(metering.posted) == 1
 
 
-def test_every_imported_model_costs_what_the_package_says() -> None:
-    """Over all it knows: what is imported prices plain calls as genai-prices does, to the last digit."""
-    providers = [provider.id for provider in get_snapshot().providers]
-    known = prices.read_known(providers=providers, models=(), at=AT)
-    assert len(known.rates) > 1_000
-    usd = {"usd": Unit(name="usd", kind="money", scale=9)}
-    row = translate.VersionRow.model_validate(
-        prices.next_version(known, base=[], units=["usd"], id="all", effective_at=AT)
-    )
-    version = translate.read_version(row, units=usd)
-    by_id = {provider.id: provider for provider in get_snapshot().providers}
-    for provider, model_id in version.rates:
-        model = next(each for each in by_id[provider].models if each.id == model_id)
-        for input_tokens, output_tokens in ((1, 1), (300_000, 7_001)):
-            used = ModelUsed(provider=provider, model=model_id, input_tokens=input_tokens, output_tokens=output_tokens)
-            rated = rate(used, price_version=version, units=usd)
-            plain = model.calc_price(
-                Usage(input_tokens=input_tokens, output_tokens=output_tokens),
-                by_id[provider],
-                genai_request_timestamp=AT,
-            )
-            assert sum(item.exact for item in rated.items) == plain.total_price, (provider, model_id)
-
-
 def test_what_needs_more_than_the_book_can_say_is_left_out_and_named() -> None:
-    known = prices.read_known(providers=["google", "deepseek", "openai"], models=(), at=AT)
-    assert "google/gemini-2.5-pro" in known.left_out["tiers: prices by the length of the input"]
-    assert ("google", "gemini-2.5-pro") not in known.rates
-    assert "openai/gpt-4o" in known.not_expressible["cached_input"]
-    assert any("text-embedding" in name for name in known.left_out["no price of input or of output tokens"])
+    known = prices.read_known(providers=["google", "deepseek", "openai", "groq", "elevenlabs"], models=(), at=AT)
+    assert ("google", "gemini-2.5-pro") in known.rates
+    assert known.left_out["prices by the hour alone"]
+    assert known.left_out["prices by time of day"]
+    assert known.not_expressible["audio by the hour"]
     listed = {name for names in known.left_out.values() for name in names}
     assert not listed & {f"{provider}/{model}" for provider, model in known.rates}
 
@@ -169,6 +165,33 @@ def test_what_is_not_known_is_refused_with_a_sentence(metering: Metering) -> Non
         refused = run("import", *arguments)
         assert isinstance(refused.exception, StackError)
     assert metering.posted == []
+
+
+def test_a_receipt_is_shown_with_its_lines_and_its_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    row: dict[str, Any] = {
+        "partition": 7, "source": "demo", "event_id": "call-1", "occurred_at": AT, "account": "acme", "subject": None,
+        "type": "render", "recorded_at": AT, "price_version": "v1", "bundle_number": 3, "line_number": 5,
+        "line_items": '[{"quantity":"n","count":"2.5","unit":"usd","price":"0.0000000003","per":1,'
+                      '"exact":"0.00000000075","tier":"above 10","price_id":"renders"}]',
+        "amounts": '[{"amount":"0.000000001","unit":"usd"},{"amount":"3","unit":"calls"}]',
+        "reason": None, "key": None, "conflicts": 0,
+    }  # fmt: skip
+    waiting = row | dict.fromkeys(("price_version", "bundle_number", "line_number", "line_items", "amounts"))
+    waiting |= {"event_id": "call-2", "reason": "unpriced", "key": "type:render"}
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        asked = row if request.url.params["id"] == "call-1" else waiting
+        return httpx2.Response(200, content=receipt(ReceiptRow(**asked), price_version=None).model_dump_json())
+
+    client = ServiceApi("metering", "http://stand-in", httpx2.Client(transport=httpx2.MockTransport(answer)))
+    monkeypatch.setattr(prices, "_metering", lambda: client)
+    shown = run("receipt", "call-1", "--source", "demo").output
+    assert "call-1, under v1: partition 7, bundle 3, line 5" in shown
+    assert "0.00000000075 usd" in shown
+    assert "above 10" in shown
+    assert "0.000000001 usd = 0.00000000075, rounded by 0.00000000025" in shown
+    assert "3 calls\n" in shown
+    assert run("receipt", "call-2").output == "call-2 is unpriced, waits for type:render\n"
 
 
 def test_the_book_is_shown(metering: Metering) -> None:
