@@ -242,12 +242,14 @@ def rebuild(bench: LedgerBench, *, lines: int) -> None:
 
 def memory(bench: LedgerBench, *, accounts: int) -> None:
     """The ledger's memory while ever more accounts are touched, each once."""
-    step = accounts // 10
+    step = accounts // 10 // funding.TREE_ACCOUNTS
     for number in range(1, 11):
-        names = [f"memory-{each}" for each in range((number - 1) * step, number * step)]
-        asyncio.run(funding.open_accounts(bench.stack, names))
+        roots = [f"memory-{each}" for each in range((number - 1) * step, number * step)]
+        asyncio.run(funding.open_trees(bench.stack, roots))
         bench.console.print(
-            f"{number * step:,} accounts touched: {bench.resident_bytes('ledger') / 2**20:,.0f} MiB", highlight=False
+            f"{number * step * funding.TREE_ACCOUNTS:,} accounts touched:"
+            f" {bench.resident_bytes('ledger') / 2**20:,.0f} MiB",
+            highlight=False,
         )
 
 

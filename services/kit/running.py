@@ -19,7 +19,9 @@ log = get_logger(__name__)
 
 # A service looks up by key. A session keeps the plans of its statements, also those made while a table was empty: one
 # that reads the table whole costs more with each row that comes, until statistics are gathered.
-_SESSION: Final = {"timezone": "UTC", "enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
+_BY_KEY: Final = {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
+# For questions about much at once: each is planned anew, by what the statistics say.
+BY_STATISTICS: Final = {**dict.fromkeys(_BY_KEY, "on"), "plan_cache_mode": "force_custom_plan"}
 
 Settings = TypeVar("Settings", bound=ServiceSettings)
 Made = TypeVar("Made")
@@ -81,5 +83,5 @@ async def finish_tasks(tasks: Sequence[asyncio.Task[None]], *, deadline_seconds:
 
 def url_with_options(url: SecretStr, **options: str) -> SecretStr:
     """A database URL whose sessions run in UTC, by index, with settings of Postgres: `statement_timeout="10s"`."""
-    chosen = " ".join(f"-c {name}={value}" for name, value in {**_SESSION, **options}.items())
+    chosen = " ".join(f"-c {name}={value}" for name, value in {"timezone": "UTC", **_BY_KEY, **options}.items())
     return SecretStr(make_conninfo(url.get_secret_value(), options=chosen))

@@ -25,7 +25,7 @@ from services.kit.outbox import OutboxRow, Relay
 from services.kit.problems import Problem
 from services.kit.publish import PublishFailed, publish
 from services.kit.reader import PullReader
-from services.kit.running import essential_task, finish_tasks, service_app, url_with_options
+from services.kit.running import BY_STATISTICS, essential_task, finish_tasks, service_app, url_with_options
 from services.kit.telemetry import configure_logging, get_logger
 from services.kit.tracing import configure_tracing
 from services.kit.trimmer import Trimmer
@@ -86,7 +86,8 @@ async def _running(settings: MeteringSettings, readiness: Readiness) -> AsyncIte
         )
         stack.push_async_callback(pool.close)
         questions = await open_pool(
-            url_with_options(settings.database_url, statement_timeout=READ_TIMEOUT), name=f"{SERVICE}-questions"
+            url_with_options(settings.database_url, statement_timeout=READ_TIMEOUT, **BY_STATISTICS),
+            name=f"{SERVICE}-questions",
         )
         stack.push_async_callback(questions.close)
         directory_writer = writer("directory")

@@ -20,7 +20,11 @@ async def test_a_database_that_is_away_is_said_and_survived(driver: Driver, ledg
 
         ((database,),) = await driver.rows("SELECT quote_ident(current_database())")
         await driver.superuser.execute(f"REVOKE CONNECT ON DATABASE {database} FROM keyvault")
-        await driver.rows("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'keyvault'")
+        await driver.rows(
+            # Only of this test's database: others' are on the same server.
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE usename = 'keyvault' AND datname = current_database()"
+        )
         try:
             verified, stored = await asyncio.gather(
                 driver.verify(created["key"]),

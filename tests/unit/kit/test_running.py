@@ -7,7 +7,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import SecretStr
 
-from services.kit.running import essential_task, finish_tasks, url_with_options
+from services.kit.running import BY_STATISTICS, essential_task, finish_tasks, url_with_options
 
 pytestmark = pytest.mark.anyio
 
@@ -56,4 +56,14 @@ def test_a_url_keeps_its_secret_and_gets_its_options() -> None:
     assert "secret" not in repr(url)
     parameters = conninfo_to_dict(url.get_secret_value())
     assert (parameters["password"], parameters["dbname"]) == ("secret", "scrip")
-    assert parameters["options"] == "-c timezone=UTC -c statement_timeout=10s"
+    options = str(parameters["options"]).removeprefix("-c ").split(" -c ")
+    assert options[0] == "timezone=UTC"
+    assert options[-1] == "statement_timeout=10s"
+    assert "enable_seqscan=off" in options
+
+
+def test_questions_about_much_are_planned_by_statistics() -> None:
+    url = url_with_options(SecretStr("postgresql://metering@127.0.0.1/scrip"), **BY_STATISTICS)
+    options = str(conninfo_to_dict(url.get_secret_value())["options"])
+    assert "enable_seqscan=on" in options
+    assert "off" not in options
