@@ -212,9 +212,12 @@ def reads(bench: LedgerBench, *, lines: int, seconds: int) -> None:
     for name, more in (("short", lines), ("long", 10 * lines)):
         if more > lines:
             bench.charge("lengthening", lines=more, accounts=ACCOUNTS, seed=77)
+        taken = bench.lines_taken()
         charging = bench.start_charging(f"reads-{name}", lines=lines, accounts=ACCOUNTS, seed=78)
         report = bench.read(rate=500, seconds=seconds)
         charging.communicate(timeout=300)
+        # The next load numbers its bundles after these.
+        bench.wait_for(bench.lines_taken, taken + lines, "charged lines")
         table.add_row(
             f"{bench.journal_entries():,}",
             f"{report['answered'] / report['seconds']:,.0f}",

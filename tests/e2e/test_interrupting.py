@@ -20,7 +20,7 @@ def stack(played: Played) -> ScratchStack:
 
 
 # What Ctrl-C sends, and what the supervisor of `scrip up` passes on.
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)])
 def test_an_interrupted_demo_ends_in_one_sentence_and_the_next_run_completes_it(
     stack: ScratchStack, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -40,6 +40,7 @@ def test_an_audit_of_all_that_was_charged_and_signed_finds_nothing_wrong(stack: 
     assert min(map(int, counts)) > 0
 
 
+@pytest.mark.soak
 def test_a_record_taken_to_another_ledger_makes_the_same_balances_and_the_same_chain(
     stack: ScratchStack, other: ScratchStack, tmp_path: Path
 ) -> None:
