@@ -11,7 +11,9 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final, LiteralString
 
@@ -31,12 +33,13 @@ from services.ledger.domain.chain import GENESIS, columns_hash
 from services.ledger.domain.commands import LotScope, Scope
 from services.ledger.domain.entries import Charged
 from services.ledger.domain.laws import KnownHold, KnownLot, KnownWallet, Laws, Line, more_than_charged
-from services.ledger.signing import heads_of, is_signed
+from services.ledger.signing import heads_of, is_signed, says_head
 from services.ledger.translate import lines_hash
 
 FINDINGS_KEPT_MAX: Final = 100
 FETCH_ROWS: Final = 10_000
 PROGRESS_SECONDS: Final = 0.2
+SIGNED_KEPT_MAX: Final = 200_000
 SIGNED_SUBJECT: Final = "ledger.v1.*.heads.signed"
 
 Progress = Callable[[int, int], None]
@@ -286,6 +289,8 @@ class _Result:
 
 
 _counter: Any = None
+# What this process has found to be signed by a known key.
+_signed: Final = set[bytes]()
 
 
 def _begin_process(counter: Any) -> None:
@@ -388,9 +393,9 @@ class _Partition:
 
     def _rows(self, name: str, statement: LiteralString) -> Iterator[TupleRow]:
         with self._connection.cursor(name=name, binary=True) as cursor:
-            cursor.itersize = FETCH_ROWS
             cursor.execute(statement, {"partition": self._partition, "after": self._after})
-            yield from cursor
+            while rows := cursor.fetchmany(FETCH_ROWS):
+                yield from rows
 
     def _read_journal(self) -> None:
         """The chain, entry by entry; the laws, transaction by transaction; signatures and lines batch by batch."""
@@ -451,7 +456,7 @@ class _Partition:
         elif lines_hash([(self._partition, *line) for line in lines]) != wanted.lines_hash:
             self._result.find(first[0], first[1], f"the {len(lines)} charge lines of its transaction are not its own")
         else:
-            self._laws.check_lines(entries, [_line(line) for line in lines], required=wanted.required)
+            self._laws.check_lines(entries, map(Line._make, map(_line, lines)), required=wanted.required)
 
     def _check_signature(self, last: TupleRow) -> None:
         """The batch's last entry has been signed, with whatever else its commit moved."""
@@ -464,16 +469,23 @@ class _Partition:
             return
         _, signed_hash, signature, key_id, text = found[0]
         self._result.signatures += 1
-        try:
-            heads = heads_of(text or "")
-        except ValueError:
-            heads = {}
         if signed_hash != chain_hash:
             self._result.find(batch, position, "another hash of it was signed")
-        elif heads.get(self._partition) != (batch, chain_hash):
+        elif not says_head(text or "", partition=self._partition, batch=batch, chain_hash=chain_hash):
             self._result.find(batch, position, "the text that was signed says something else of it")
-        elif not is_signed(text, signature, key_id=key_id, keys=self._keys):
+        elif not self._is_signed(text, signature, key_id):
             self._result.find(batch, position, f"its signature is not one by the key {key_id}, if that is known")
+
+    def _is_signed(self, text: str, signature: bytes, key_id: str) -> bool:
+        """Whether a commit's text is signed: found out once, not for each of the partitions whose heads it moved."""
+        name = sha256(b"%s %s %s" % (signature, key_id.encode(), text.encode())).digest()
+        if name in _signed:
+            return True
+        if not is_signed(text, signature, key_id=key_id, keys=self._keys):
+            return False
+        if len(_signed) < SIGNED_KEPT_MAX:
+            _signed.add(name)
+        return True
 
     def _check_rest(self) -> None:
         """Signatures and charge lines of batches that are not there."""
@@ -502,9 +514,11 @@ class _Partition:
                 self._result.find(batch, 0, f"it is not what has been {seen.where}: entries up to it have been changed")
 
     def _check_references(self) -> None:
-        """Commands, bundles and reversals name transactions that are in the journal."""
+        """Commands, bundles and reversals name transactions that are in the journal, and these name bundles."""
+        parameters = {"partition": self._partition, "after": self._after}
+        for name, number, batch in self._connection.execute(_OF_BUNDLES, parameters).fetchall():
+            self._result.find(batch, 0, f"it gives back {name} for bundle {number}, which was not taken with it")
         for what, statement in _REFERENCES.items():
-            parameters = {"partition": self._partition, "after": self._after}
             for name, batch, transaction in self._connection.execute(statement, parameters).fetchall():
                 self._result.find(batch, 0, f"{what} {name} names transaction {transaction}, which is not there")
 
@@ -553,17 +567,10 @@ class _Batches:
             yield row
 
 
-def _transaction_of_entry(row: TupleRow) -> Any:
-    return row[2]
-
-
-def _transaction_of_line(row: TupleRow) -> Any:
-    return row[14]
-
-
-def _line(row: TupleRow) -> Line:
-    source, event, _revision, account, occurred_at, hold, scope, _version, _own, _amounts, split, *_ = row
-    return Line(f"{source}/{event}", account, occurred_at, hold, scope, split)
+_transaction_of_entry: Final = itemgetter(2)
+_transaction_of_line: Final = itemgetter(14)
+# Of the columns of a charge line, in the order of Line.
+_line: Final = itemgetter(0, 1, 3, 4, 5, 6, 10)
 
 
 def _hash_of(connection: Connection[TupleRow], partition: int, batch: int) -> bytes | None:
@@ -627,6 +634,22 @@ _REFERENCES: Final[Mapping[str, LiteralString]] = {
         WHERE r.partition = %(partition)s AND r.batch > %(after)s AND j.batch IS NULL ORDER BY 2, 1
         """,
 }
+
+# Reversals whose entries name a bundle that is not of their batch.
+_OF_BUNDLES: Final[LiteralString] = """
+SELECT r.source || '/' || r.event_id || '/' || r.revision, j.number, r.batch
+FROM reversals r, LATERAL (
+    SELECT (e.details::json ->> 'bundle')::bigint AS number FROM journal e
+    WHERE e.partition = r.partition AND e.batch = r.batch AND e.position >= r.position
+      AND e.transaction_id = r.transaction_id AND e.kind = 'reversed' AND e.details IS NOT NULL
+    ORDER BY e.position LIMIT 1
+) j
+WHERE r.partition = %(partition)s AND r.batch > %(after)s AND j.number IS NOT NULL
+  AND NOT EXISTS (
+      SELECT FROM bundles b WHERE b.partition = r.partition AND b.number = j.number AND b.batch = r.batch
+  )
+ORDER BY 3, 1
+"""
 
 # All reversals of the lines of which something was given back since.
 _REVERSALS: Final[LiteralString] = """

@@ -109,6 +109,11 @@ def heads_of(text: str) -> dict[int, tuple[int, bytes]]:
     return found
 
 
+def says_head(text: str, *, partition: int, batch: int, chain_hash: bytes) -> bool:
+    """Whether a text about heads says this of a partition's. Only a text that is signed is known to be one."""
+    return text.startswith(TITLE + "\n") and f"\n{partition:02d} {batch} {chain_hash.hex()}\n" in f"{text}\n"
+
+
 def is_signed(text: str, signature: bytes, *, key_id: str, keys: Mapping[str, Ed25519PublicKey]) -> bool:
     """Whether a text was signed by the key of that id. One that is not known has signed nothing."""
     key = keys.get(key_id)

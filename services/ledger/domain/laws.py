@@ -55,12 +55,17 @@ class Breach(NamedTuple):
 class Line(NamedTuple):
     """What of a charge line tells which lots it might take."""
 
-    event: str
+    source: str
+    event_id: str
     account: str
     occurred_at: datetime
     hold: str | None
     scope: str
     split: str
+
+    @property
+    def event(self) -> str:
+        return f"{self.source}/{self.event_id}"
 
 
 @dataclass(slots=True)
@@ -379,7 +384,7 @@ class Laws:
             return
         recorded_at = first[13]
         hold = None if line.hold is None else self.holds.get(line.hold)
-        if not lot.is_for(self._used(line, hold)):
+        if lot.scope is not None and not lot.is_for(self._used(line, hold)):
             self._breach(first, f"{line.event} is charged to lot {lot_id}, which is for another use")
         at = self._paid_at(line, hold, lot.unit, recorded_at)
         is_earmarked = hold is not None and lot_id in hold.earmarks

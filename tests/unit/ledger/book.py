@@ -408,7 +408,7 @@ class Book:
             hold = draft.state.holds.get(command.hold or "")
             scope = hold.scope if command.scope is None and hold is not None else command.scope
             about = (command.account, command.occurred_at, command.hold, scope_text(scope), split_text(moves))
-            self._noted.lines.append((transaction.id, Line(command.event_id, *about)))
+            self._noted.lines.append((transaction.id, Line(command.source, command.event_id, *about)))
             taken = PastLine(
                 source=command.source,
                 event_id=command.event_id,

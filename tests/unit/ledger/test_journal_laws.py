@@ -119,7 +119,7 @@ class Journal:
         ]
         text = msgspec.json.encode(split).decode()
         scope_text = msgspec.json.encode(scope).decode()
-        line = Line("demo/1", "acme", self.now - ago, hold, scope_text, text)
+        line = Line("demo", "1", "acme", self.now - ago, hold, scope_text, text)
         self.laws.check_lines(self.rows, [line], required=required)
         return self
 
