@@ -289,7 +289,7 @@ class _Result:
 
 
 _counter: Any = None
-# What this process has found to be signed by a known key.
+# What this process has found to be signed, with the key by which it was.
 _signed: Final = set[bytes]()
 
 
@@ -478,8 +478,9 @@ class _Partition:
 
     def _is_signed(self, text: str, signature: bytes, key_id: str) -> bool:
         """Whether a commit's text is signed: found out once, not for each of the partitions whose heads it moved."""
-        name = sha256(b"%s %s %s" % (signature, key_id.encode(), text.encode())).digest()
-        if name in _signed:
+        key = self._task.keys.get(key_id, b"")
+        name = sha256(b"%s %s %s" % (key, signature, text.encode())).digest()
+        if key and name in _signed:
             return True
         if not is_signed(text, signature, key_id=key_id, keys=self._keys):
             return False
