@@ -9,6 +9,7 @@ operator_nats       a connection to that account as the operator, who may read a
 service_settings    settings of a service on `database` and `nats_account`
 tokens              bearer tokens by principal, known to services started with `service_settings`
 own_nats            a NATS server for one test, to be killed; `own_postgres` likewise
+servers_directory   makes directories for servers and stacks of tests, which are removed when the run ends
 Async tests are marked `pytest.mark.anyio` and run on uvloop, as the services do.
 """
 
@@ -18,6 +19,7 @@ import itertools
 import json
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -56,13 +58,30 @@ SCOPES: Final = ("usage:write", "metering:read", "ledger:read", "ledger:write", 
 _RUN_DIRECTORY: Final = "SCRIP_TEST_RUN_DIRECTORY"
 _RUN_PID: Final = "SCRIP_TEST_RUN_PID"
 
+_MEMORY: Final = Path("/dev/shm")
+_MEMORY_BYTES_MIN: Final = 4 << 30
+
+# Rights on the database itself and the roles' search paths, as `bootstrap` gave them to the template.
+_NOT_COPIED: Final = (
+    sql.SQL(
+        "UPDATE pg_database SET datacl = (SELECT datacl FROM pg_database WHERE datname = %(template)s)"
+        " WHERE datname = %(name)s"
+    ),
+    sql.SQL(
+        "INSERT INTO pg_db_role_setting SELECT made.oid, setrole, setconfig FROM pg_db_role_setting"
+        " JOIN pg_database template ON template.oid = setdatabase AND template.datname = %(template)s"
+        " JOIN pg_database made ON made.datname = %(name)s"
+    ),
+)
+
 _database_numbers = itertools.count(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         # Inherited by xdist's workers.
-        os.environ[_RUN_DIRECTORY] = str(Path(tempfile.gettempdir(), f"scrip-tests-{secrets.token_hex(6)}"))
+        where = _where_servers_write(long=config.getoption("markexpr") == "soak")
+        os.environ[_RUN_DIRECTORY] = str(where / f"scrip-tests-{secrets.token_hex(6)}")
         os.environ[_RUN_PID] = str(os.getpid())
     configure_logging(service="tests")
     hypothesis_profiles.load()
@@ -72,6 +91,17 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         directory = Path(os.environ.pop(_RUN_DIRECTORY))
         stop(directory)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _where_servers_write(*, long: bool) -> Path:
+    """In memory if there is enough: half of a short run would be waiting for a disk that nobody cuts the power of."""
+    try:
+        found = os.statvfs(_MEMORY)
+    except OSError:
+        return Path(tempfile.gettempdir())
+    enough = found.f_bavail * found.f_frsize >= _MEMORY_BYTES_MIN and os.access(_MEMORY, os.W_OK)
+    return _MEMORY if enough and not long else Path(tempfile.gettempdir())
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
@@ -176,18 +206,12 @@ def empty_database(servers: Servers, worker_index: int) -> Iterator[Database]:
 
 @pytest.fixture
 def database(empty_database: Database, database_template: str) -> Database:
+    names = {"name": empty_database.name, "template": database_template}
     with psycopg.connect(empty_database.admin_url, autocommit=True) as admin:
-        admin.execute(
-            sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(
-                sql.Identifier(empty_database.name), sql.Identifier(database_template)
-            )
-        )
-    # Rights on the database itself and the roles' search paths are not part of what is copied.
-    bootstrap(
-        SecretStr(empty_database.admin_url),
-        database=empty_database.name,
-        passwords=empty_database.passwords(*SERVICES),
-    )
+        statement = sql.SQL("CREATE DATABASE {name} TEMPLATE {template}")
+        admin.execute(statement.format(**{name: sql.Identifier(value) for name, value in names.items()}))
+        for statement in _NOT_COPIED:
+            admin.execute(statement, names)
     return empty_database
 
 
@@ -244,19 +268,33 @@ def service_settings(
     return settings
 
 
+@pytest.fixture(scope="session")
+def servers_directory() -> Callable[[str], Path]:
+    """Directories for what servers write, named after what they are for. They are gone when the run has ended."""
+    run = Path(os.environ[_RUN_DIRECTORY])
+
+    def make(name: str) -> Path:
+        run.mkdir(mode=0o700, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=run))
+
+    return make
+
+
 @pytest.fixture
-def own_nats(tmp_path: Path) -> Iterator[tuple[EmbeddedNats, NatsAccount]]:
+def own_nats(servers_directory: Callable[[str], Path]) -> Iterator[tuple[EmbeddedNats, NatsAccount]]:
     """A server on a port that stays its own over restarts, and its only account. No streams are made in it."""
-    secret = "own"
-    server = EmbeddedNats(tmp_path / "own-nats", accounts=accounts(count=1, secret=secret), port=free_port())
+    secret, directory = "own", servers_directory("own-nats")
+    server = EmbeddedNats(directory, accounts=accounts(count=1, secret=secret), port=free_port())
     with server:
         yield server, NatsAccount(server.url, secret, account_prefix(0))
+    shutil.rmtree(directory)
 
 
 @pytest.fixture
-def own_postgres(tmp_path: Path) -> Iterator[EmbeddedPostgres]:
+def own_postgres(servers_directory: Callable[[str], Path]) -> Iterator[EmbeddedPostgres]:
     """A server on a port that stays its own over restarts."""
-    server = EmbeddedPostgres(tmp_path / "own-postgres", password="own", port=free_port(), shared_buffers_mebibytes=16)
+    directory = servers_directory("own-postgres")
+    server = EmbeddedPostgres(directory, password="own", port=free_port(), shared_buffers_mebibytes=16)
     try:
         with server:
             yield server

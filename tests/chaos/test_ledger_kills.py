@@ -17,7 +17,7 @@ from contracts.money import parse_amount
 from infra.demo.scratch_stack import ScratchStack
 from services.kit.ids import new_hold_id
 from tests.chaos.killing import LEDGER, POSTGRES
-from tests.chaos.test_kills import SEED, Pace
+from tests.chaos.test_kills import SEED
 from tests.unit.ledger.book import UNITS
 
 ROUNDS_SHORT: Final = 5
@@ -176,13 +176,11 @@ class Load:
 def play(stack: ScratchStack, *, rounds: int, name: str) -> None:
     """Rounds of load with a kill in each, then what must be so: also in what the journal alone says."""
     chance = random.Random(f"{SEED}/{name}")
-    pace = Pace()
     sys.stderr.write(f"\n{rounds} kills of the ledger and Postgres, seed {SEED}\n")
-    # Each as often as the other: the supervisor gives up on whoever dies too often.
+    # Each as often as the other.
     victims = [(LEDGER, POSTGRES)[number % 2] for number in range(rounds)]
     chance.shuffle(victims)
     for number, victim in enumerate(victims):
-        pace.wait(victim)
         asyncio.run(play_round(stack, chance, victim, name=f"kill-{name}-{SEED}-{number}-"))
         stack.wait_until_ready()
         if number % 10 == 9 or number == rounds - 1:

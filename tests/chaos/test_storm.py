@@ -24,7 +24,7 @@ from infra.demo.publish import PASSWORD_VARIABLE, URL_VARIABLE
 from infra.demo.scratch_stack import REPOSITORY, ScratchStack
 from tests.chaos.killing import METERING, NATS, kill_at_work, wait_for_successor
 from tests.chaos.storm_writer import TIMES
-from tests.chaos.test_kills import SEED, Pace
+from tests.chaos.test_kills import SEED
 
 WRITERS: Final = 3
 ACCOUNTS: Final = 500
@@ -41,11 +41,10 @@ CHARGED: Final = "SELECT coalesce(sum(lines - lines_dead), 0) FROM ledger.bundle
 def test_every_event_of_a_storm_is_counted_and_charged_once(
     stack: ScratchStack, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pace, began = Pace(), time.monotonic()
+    began = time.monotonic()
     with capsys.disabled(), closing(Storm(stack, name="storm")) as storm:
         while storm.events < EVENTS_MAX and time.monotonic() - began < SECONDS_MAX:
             victim = storm.chance.choice((METERING, NATS))
-            pace.wait(victim)
             storm.wave(WAVE, victims=(victim,))
             seconds = time.monotonic() - began
             sys.stderr.write(f"  {storm.events:,} events, each {TIMES} times, {seconds:.0f} s, {storm.kills} kills\n")

@@ -5,7 +5,6 @@ import random
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
@@ -14,7 +13,7 @@ import pytest
 from infra.demo.scratch_stack import ScratchStack
 from infra.demo.story import STEPS, play
 from infra.demo.story_doors import Target
-from tests.chaos.test_kills import KILLS_PER_MINUTE_MAX, SEED
+from tests.chaos.test_kills import SEED
 from tests.e2e.told import shown_in_readme, told
 
 pytestmark = pytest.mark.timeout(240)
@@ -59,14 +58,8 @@ def tell_and_kill(stack: ScratchStack, victims: Sequence[str | None]) -> None:
     assert told("\n".join(lines)) == shown_in_readme(), f"seed {SEED}, victims {victims}"
 
 
-_killed: dict[str, deque[float]] = {}
-
-
 def kill(stack: ScratchStack, victim: str) -> None:
     """Kill -9 the process that runs now, be it barely started. Nobody waits for its successor."""
-    times = _killed.setdefault(victim, deque(maxlen=KILLS_PER_MINUTE_MAX))
-    if len(times) == times.maxlen:
-        time.sleep(max(0.0, times[0] + 61 - time.monotonic()))
     deadline = time.monotonic() + RESTART_SECONDS_MAX
     while True:
         pid = stack.run.processes.get(victim)
@@ -78,4 +71,3 @@ def kill(stack: ScratchStack, victim: str) -> None:
             pass
         assert time.monotonic() < deadline, f"{victim} has no process:\n{stack.output()}"
         time.sleep(0.05)
-    times.append(time.monotonic())

@@ -190,17 +190,21 @@ def test_a_closed_client_takes_nothing(file: Path) -> None:
 
 
 def test_events_go_together(file: Path) -> None:
-    metering = Metering([refused_connection])
+    all_wait = threading.Event()
+
+    def refused_once_all_wait() -> Exception:
+        assert all_wait.wait(60)
+        return refused_connection()
+
+    metering = Metering([refused_once_all_wait])
     with hurried(), scrip(metering, file) as client:
-        with patch.object(recorder, "retry_seconds", lambda *_, **__: 0.5):
-            client.record("acme", "t")
-            threads = [
-                threading.Thread(target=lambda: [client.record("acme", "t") for _ in range(125)]) for _ in range(8)
-            ]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+        client.record("acme", "t")
+        threads = [threading.Thread(target=lambda: [client.record("acme", "t") for _ in range(125)]) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        all_wait.set()
         client.flush(10)
     assert len(metering.taken) == 1_001
     assert len(metering.requests) < 20

@@ -3,7 +3,7 @@
 Its services trace to a file.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,8 @@ class Api:
 
 
 @pytest.fixture(scope="session")
-def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
-    directory = tmp_path_factory.mktemp("e2e")
+def played(servers_directory: Callable[[str], Path]) -> Iterator[Played]:
+    directory = servers_directory("e2e")
     stack, traces = ScratchStack(directory), directory / "traces.jsonl"
     try:
         # As a user would say it. Only these two: the services inherit it.

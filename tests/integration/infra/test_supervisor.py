@@ -11,11 +11,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from infra import leftovers, processes, state
+from infra.errors import StackError
 from infra.servers import LOOPBACK, free_port
-from infra.state import Layout, Run
-from infra.supervisor import unready
+from infra.state import Credentials, Layout, Run
+from infra.supervisor import DEATHS_MAX, DEATHS_WITHIN_VARIABLE, Stack, Supervisor, unready
 
 REPOSITORY = Path(__file__).parents[3]
 DRIVE = "tests.integration.infra.drive"
@@ -69,8 +71,8 @@ class Driven:
 
 
 @pytest.fixture
-def driven(tmp_path: Path) -> Iterator[Driven]:
-    made = Driven(tmp_path)
+def driven(servers_directory: Callable[[str], Path]) -> Iterator[Driven]:
+    made = Driven(servers_directory("supervisor"))
     yield made
     made.end()
 
@@ -114,6 +116,22 @@ def test_what_keeps_dying_stops_everything_with_its_reason(driven: Driven) -> No
     assert "ended with exit code 1, for the 5th time within 60 seconds" in driven.text()
     assert "the stand-in was told to die" in driven.text()
     assert not processes.found(lambda process: str(driven.layout.directory) in process.title)
+
+
+def test_deaths_that_lie_further_apart_than_is_remembered_end_nothing(driven: Driven) -> None:
+    supervisor = driven.start(STAND_IN_DIES="1", **{DEATHS_WITHIN_VARIABLE: "1"})
+    # Each stand-in dies more often than is borne within what is remembered.
+    until(lambda: driven.text().count("ledger ended with exit code 1: starting it again") > DEATHS_MAX)
+    assert supervisor.poll() is None
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "soon"])
+def test_a_memory_of_deaths_that_is_no_number_of_seconds_is_refused(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(DEATHS_WITHIN_VARIABLE, text)
+    with pytest.raises(StackError, match=f"{DEATHS_WITHIN_VARIABLE} must be a number of seconds, not '{text}'"):
+        Supervisor(Stack(layout=Layout(tmp_path), ports={}, credentials=Credentials()), Console())
 
 
 def test_a_killed_supervisor_leaves_nothing_and_the_next_start_continues(driven: Driven) -> None:
