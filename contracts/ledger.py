@@ -8,7 +8,7 @@ from contracts.accounts import AccountId, root
 from contracts.billing import ClaimId, ClaimReason, ClaimState, PaymentId
 from contracts.envelope import EventId, SourceName
 from contracts.ids import HoldId, LotId, TransactionId
-from contracts.metering import REVISION_MAX, ChargeLine, Scope
+from contracts.metering import REVISION_MAX, ChargeLine, CorrectionId, Scope
 from contracts.money import Amount, AmountText, UnitName
 from contracts.partition import Partition
 from contracts.times import Time
@@ -34,7 +34,7 @@ HOLD_LEGS_MAX = 16
 HOLD_SECONDS_MAX = 86_400
 THRESHOLDS_MAX = 16
 SCOPE_NAMES_MAX = 64
-RULES_MAX = 16
+RULES_MAX = 32
 EVERY_MAX = 1_000
 LIST_MAX = 256
 
@@ -283,6 +283,7 @@ class Debit(_Command):
 class ReverseCharge(_Command):
     """Give back what a charge took, or the named amounts of it, to the very lots it took it from. All of it once.
 
+    `correction`: of metering's, whose reversal could not be done when it came, and is asked for again.
     Refused as: unknown_unit, invalid_amount, account_not_open, unknown_charge, more_than_charged.
     """
 
@@ -293,6 +294,8 @@ class ReverseCharge(_Command):
     revision: Annotated[int, Field(ge=0, le=REVISION_MAX)] = 0
     amounts: Annotated[tuple[Amount, ...], Field(min_length=1, max_length=16)] | None = None
     reason: Reason | None = None
+    # Not written when there is none: readers of before know no such field.
+    correction: CorrectionId | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class Transfer(_Command):
@@ -648,7 +651,7 @@ class UsageCharged(_Fact):
 
 
 class ChargeReversed(_Fact):
-    """What a charge took, or a part of it, was given back."""
+    """What a charge took, or a part of it, was given back. `correction`: which of metering's wanted it, if one did."""
 
     type: Literal["ledger.charge.reversed.v1"] = "ledger.charge.reversed.v1"
     account: AccountId
@@ -657,6 +660,8 @@ class ChargeReversed(_Fact):
     revision: Annotated[int, Field(ge=0, le=REVISION_MAX)] = 0
     reversed: tuple[Amount, ...]
     reason: Reason | None = None
+    # Not written when there is none: readers of before know no such field.
+    correction: CorrectionId | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class MoneyTransferred(_Fact):

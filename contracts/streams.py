@@ -199,9 +199,7 @@ USERS: Final = (
         listens=(KEY_FACTS,),
     ),
     # Its HTTP ingest publishes for every authenticated source.
-    User(
-        name="metering", publishes=("usage.v1.*.*", "metering.v1.*.charges.rated", "metering.v1.*.reversals.requested")
-    ),
+    User(name="metering", publishes=("usage.v1.*.*", "metering.v1.*.charges.rated")),
     # Its HTTP side forwards commands to the partition's owner under the authenticated principal.
     User(name="ledger", publishes=("ledger.v1.*.*.*", "rpc.ledger.v1.*.*.*"), answers=("rpc.ledger.v1.*.*.*",)),
     User(name="billing", publishes=("billing.v1.*.payment.*", "billing.v1.stripe.received")),

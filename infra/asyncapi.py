@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from contracts.partition import PARTITION_COUNT, token
 from contracts.streams import CONSUMERS, OPERATOR, STREAMS, USERS, User
-from infra.schemas import CONTRACTS, MESSAGES, RESERVED, MessageType, pattern_of, text_of
+from infra.schemas import CONTRACTS, MESSAGES, MessageType, pattern_of, text_of
 
 Document = dict[str, Any]
 
@@ -111,7 +111,7 @@ def _matches(address: str, patterns: Sequence[str]) -> bool:
 
 
 def _addresses() -> list[str]:
-    return [message.address for message in MESSAGES if message.address] + list(RESERVED)
+    return [message.address for message in MESSAGES if message.address]
 
 
 def _channel_name(address: str) -> str:

@@ -113,9 +113,6 @@ MESSAGES: Final = (
     MessageType("rpc.keyvault.reply.refused.v1", "reply", keyvault.KeyRefused),
 )
 
-# Subjects that streams and permissions know and no message exists for yet.
-RESERVED: Final = (f"metering.v1.{ANY_PARTITION}.reversals.requested",)
-
 
 def pattern_of(address: str) -> str:
     """The NATS subject pattern of an address: `usage.v1.{partition}.{source}` gives `usage.v1.*.*`."""

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from contracts import ledger
-from contracts.metering import ChargeLine, ChargesRated, Scope
+from contracts.metering import ChargeLine, ChargesRated, ReversalLine, Scope
 from contracts.money import Amount
 from contracts.partition import partition_of
 
@@ -68,7 +68,36 @@ def charge_line(
     )
 
 
-def charges_rated(*lines: ChargeLine, number: int = 1, recorded_at: datetime = NOON) -> ChargesRated:
-    """A bundle of lines of one partition."""
-    chosen = lines or (charge_line(),)
-    return ChargesRated(partition=partition_of(chosen[0].account), number=number, recorded_at=recorded_at, lines=chosen)
+def reversal_line(
+    event_id: str = "event-1",
+    *,
+    account: str = "acme",
+    usd: str = "1",
+    amounts: dict[str, str] | None = None,
+    source: str = "demo",
+    revision: int = 0,
+    correction: str = "correction-1",
+    reason: str | None = None,
+) -> ReversalLine:
+    """What is given back of one line: some usd, or the amounts given by unit."""
+    given_back = {"usd": usd} if amounts is None else amounts
+    return ReversalLine(
+        source=source,
+        event_id=event_id,
+        revision=revision,
+        account=account,
+        amounts=tuple(Amount(amount=amount, unit=unit) for unit, amount in given_back.items()),
+        correction=correction,
+        reason=reason,
+    )
+
+
+def charges_rated(
+    *lines: ChargeLine, reversals: tuple[ReversalLine, ...] = (), number: int = 1, recorded_at: datetime = NOON
+) -> ChargesRated:
+    """A bundle of one partition: lines, one if nothing is said, and what is given back before them."""
+    chosen = lines if lines or reversals else (charge_line(),)
+    account = chosen[0].account if chosen else reversals[0].account
+    return ChargesRated(
+        partition=partition_of(account), number=number, recorded_at=recorded_at, lines=chosen, reversals=reversals
+    )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cache
-from typing import Any, Final, NamedTuple, assert_never
+from typing import Any, Final, Literal, NamedTuple, assert_never
 
 import msgspec
 import psycopg
@@ -73,7 +73,10 @@ from services.ledger.translate import (
 log = get_logger(__name__)
 
 LINES: Final = Counter(
-    "scrip_ledger_charge_lines", "Charge lines by outcome: charged, repeated, dead.", ("outcome",), registry=REGISTRY
+    "scrip_ledger_charge_lines",
+    "Lines of bundles by outcome: charged, reversed, repeated, dead.",
+    ("outcome",),
+    registry=REGISTRY,
 )
 COMMANDS: Final = Counter("scrip_ledger_commands", "Commands by outcome.", ("command", "outcome"), registry=REGISTRY)
 CHARGES_STOPPED: Final = Gauge(
@@ -341,7 +344,7 @@ class Ledger:
                 case BundleItem(bundle=bundle):
                     if owned.stale or bundle.number <= owned.head.charges_number:
                         needs.bundles.add((item.partition, bundle.number))
-                    _need_lines(needs, item.partition, owned.state, bundle.lines, look_up_lines=look_up_lines)
+                    _need_lines(needs, item.partition, owned.state, bundle, look_up_lines=look_up_lines)
                 case _:
                     assert_never(item)
         return needs
@@ -450,12 +453,14 @@ def _need_lines(
     needs: Needs,
     partition: int,
     state: PartitionState,
-    lines: Iterable[ChargeLine | BadLine],
+    bundle: Bundle,
     *,
     look_up_lines: bool,
 ) -> None:
+    for reversal in _reversals_of(bundle):
+        _need(needs, partition, state, reversal)
     names = set()
-    for line in lines:
+    for line in bundle.lines:
         if isinstance(line, ChargeLine):
             names.add(line.account)
             if look_up_lines:
@@ -529,10 +534,15 @@ def _commands_of(item: Item) -> Iterator[Command]:
     match item:
         case ListItem(commands=commands):
             yield from (each.command for each in commands)
-        case BundleItem():
+        case BundleItem(bundle=bundle):
+            yield from _reversals_of(bundle)
             yield from _lines_of(item)
         case _:
             yield item.command
+
+
+def _reversals_of(bundle: Bundle) -> Iterator[ReverseCharge]:
+    return (each for each in bundle.reversals if isinstance(each, ReverseCharge))
 
 
 def _need_lots_of(needs: Needs, partition: int, state: PartitionState, account: str) -> None:
@@ -911,13 +921,18 @@ class _Work:
                 return []
 
     def take_bundle(self, item: BundleItem) -> Taken | OutOfOrder | Conflicting:
-        """Charge a bundle's lines one by one, if its number is the next; a line that cannot be is put aside alone."""
+        """Do what a bundle says line by line, if its number is the next; a line that cannot be is put aside alone.
+
+        What is given back comes first, each in a transaction of its own; what is charged, in one.
+        """
         bundle, expected = item.bundle, self._draft.charges_number + 1
         if bundle.number > expected:
             return OutOfOrder(expected)
         if bundle.number < expected:
             known = self._bundle_hashes.get(bundle.number) or self._loaded.bundles.get((self._partition, bundle.number))
             return Taken(repeated=True) if known == bundle.body_hash else Conflicting()
+        before = self._draft.entries
+        dead = self._reverse_all(item)
         names = {line.account for line in bundle.lines if isinstance(line, ChargeLine)}
         settling = [line for line in bundle.lines if isinstance(line, ChargeLine) and line.hold is not None]
         reached = {account for line in settling if self._is_of_estimate(line) for account in self._concerned(line)}
@@ -928,7 +943,6 @@ class _Work:
         rows: list[Row] = []
         charged: dict[str, _Charged] = {}
         facts: list[Fact] = []
-        dead = 0
         traceparents, traced = item.traceparents, list[TracedCharge]()
         for place, line in enumerate(bundle.lines):
             refusal = self._charge(line, transaction, rows, bundle=bundle.number, number=place + 1, facts=facts)
@@ -943,7 +957,7 @@ class _Work:
                     LINES.labels(outcome="repeated").inc()
                 case _:
                     dead += 1
-                    self._letters.append(_letter(item, place, refusal))
+                    self._letters.append(_letter(item, place, refusal, name="line"))
         if rows:
             self._tell([*facts, *self._facts((), transaction, "")])
             self._finish_charge(transaction, rows, charged, bundle.number)
@@ -951,11 +965,28 @@ class _Work:
         LINES.labels(outcome="dead").inc(dead)
         self._draft.charges_number = bundle.number
         self._bundle_hashes[bundle.number] = bundle.body_hash
-        batch, transaction_id = (self._draft.batch, transaction.id) if rows else (self._draft.head.batch, None)
-        self._bundles.append(
-            (self._partition, bundle.number, bundle.body_hash, batch, transaction_id, len(bundle.lines), dead)
-        )
+        batch = self._draft.batch if self._draft.entries > before else self._draft.head.batch
+        transaction_id = transaction.id if rows else None
+        lines = len(bundle.lines) + len(bundle.reversals)
+        self._bundles.append((self._partition, bundle.number, bundle.body_hash, batch, transaction_id, lines, dead))
         return Taken(repeated=False, traced=traced)
+
+    def _reverse_all(self, item: BundleItem) -> int:
+        """Give back what a bundle says, as commands would; how many of it could not be, and are put aside."""
+        dead = 0
+        for place, line in enumerate(item.bundle.reversals):
+            refusal = line if isinstance(line, BadLine) else self._reverse(line)
+            if refusal is not None:
+                dead += 1
+                self._letters.append(_letter(item, place, refusal, name="reversal"))
+        LINES.labels(outcome="reversed").inc(len(item.bundle.reversals) - dead)
+        return dead
+
+    def _reverse(self, line: ReverseCharge) -> Refusal | None:
+        accounts = self._concerned(line)
+        self._catch_up(accounts)
+        done = self._do(line, accounts)
+        return None if isinstance(done, _Done) else done
 
     def _traced(
         self, line: ChargeLine, traceparent: str, refusal: Refusal | None, transaction: Transaction
@@ -1137,22 +1168,21 @@ class _Charged:
         return self
 
 
-def _letter(item: BundleItem, place: int, why: Refusal | BadLine) -> Letter:
-    """A charge line that cannot be charged, as a dead letter: its body is the line alone."""
+def _letter(item: BundleItem, place: int, why: Refusal | BadLine, *, name: Literal["line", "reversal"]) -> Letter:
+    """A line that cannot be charged, or given back, as a dead letter: its body is the line alone."""
     if isinstance(why, BadLine):
         body, problems = why.body, why.problems
     else:
-        body, problems = (
-            item.bundle.line_body(place),
-            (Problem("", why.code, refusal_text(why, partition=item.partition)),),
-        )
+        body = item.bundle.line_body(place) if name == "line" else item.bundle.reversal_body(place)
+        problems = (Problem("", why.code, refusal_text(why, partition=item.partition)),)
     return Letter(
         stream=item.stream,
         stream_sequence=item.stream_sequence,
         subject=item.subject,
         headers={},
         payload=body,
-        reason=f"line {place + 1} of bundle {item.bundle.number}: " + "; ".join(problem.detail for problem in problems),
+        reason=f"{name} {place + 1} of bundle {item.bundle.number}: "
+        + "; ".join(problem.detail for problem in problems),
         problems=problem_rows(problems),
         partition=item.partition,
     )

@@ -595,7 +595,8 @@ _LOAD: Final[Mapping[str, sql.SQL]] = {
     "reversals": _statement(
         f"""
         SELECT t.partition, t.source, t.event_id, t.revision, t.split
-        FROM {{keys}} JOIN reversals t ON {_SAME_LINE} ORDER BY t.batch, t.position
+        FROM (SELECT DISTINCT partition, source, event_id, revision FROM {{keys}}) k
+        JOIN reversals t ON {_SAME_LINE} ORDER BY t.batch, t.position
         """,
         keys=_LINE_KEYS | {"account": "text"},
     ),

@@ -284,7 +284,7 @@ class ChargesSubscriber:
         item = BundleItem(bundle, place.stream, place.stream_sequence, message.subject, traceparents)
         while True:
             try:
-                return self._batcher.submit(item, cost=len(bundle.lines))
+                return self._batcher.submit(item, cost=len(bundle.lines) + len(bundle.reversals))
             except Busy:
                 await asyncio.sleep(0.005)
             except Stopped:

@@ -90,6 +90,7 @@ commands = Table(
     _value("outcome", Text),
 )
 
+# `lines`: what a bundle said in all, reversals and charge lines; the transaction is that of its charge lines, if any.
 bundles = Table(
     "bundles",
     metadata,

@@ -17,7 +17,7 @@ from contracts.billing import PaymentClaimed, PaymentReceived, payment_subject
 from contracts.envelope import NAME_SHOWN_MAX
 from contracts.ids import Kind as IdKind
 from contracts.ids import make_id, partition_of_id
-from contracts.metering import CHARGES_RATED, LINES_MAX
+from contracts.metering import CHARGES_RATED, LINES_MAX, ReversalLine
 from contracts.metering import ChargeLine as ContractLine
 from contracts.metering import Scope as ContractScope
 from contracts.money import Amount, AmountText, Unit, UnitName, format_amount, parse_amount
@@ -232,6 +232,7 @@ class _Reader:
                     revision=command.revision,
                     amounts=amounts,
                     reason=command.reason,
+                    correction=command.correction,
                 )
             case words.Transfer():
                 return Transfer(
@@ -385,10 +386,10 @@ class _Reader:
             self._say(f"{pointer}/{name}", "invalid_amount", f"{text!r}: an amount here is {bound}")
         return value
 
-    def amounts(self, pointer: str, amounts: Sequence[Amount]) -> tuple[tuple[str, int], ...]:
+    def amounts(self, pointer: str, amounts: Sequence[Amount], *, least: int = 0) -> tuple[tuple[str, int], ...]:
         self.once(pointer, [amount.unit for amount in amounts])
         return tuple(
-            (amount.unit, self.amount(f"{pointer}/{place}", amount.unit, amount.amount))
+            (amount.unit, self.amount(f"{pointer}/{place}", amount.unit, amount.amount, least=least))
             for place, amount in enumerate(amounts)
         )
 
@@ -416,6 +417,18 @@ class _Reader:
             own_key=line.own_key,
             amounts=self.amounts(f"{pointer}/amounts", line.amounts),
             final=line.final,
+        )
+
+    def reversal(self, pointer: str, line: ReversalLine, bundle: int | None) -> ReverseCharge:
+        return ReverseCharge(
+            account=line.account,
+            source=line.source,
+            event_id=line.event_id,
+            revision=line.revision,
+            amounts=self.amounts(f"{pointer}/amounts", line.amounts, least=1),
+            reason=line.reason,
+            correction=line.correction,
+            bundle=bundle,
         )
 
     def hold(self, pointer: str, hold: str, account: str) -> str:
@@ -462,7 +475,7 @@ def _valid_in(scope: words.LotScope | None) -> LotScope | None:
 
 @dataclass(frozen=True, slots=True)
 class BadLine:
-    """A charge line that cannot be taken, as it came, and why."""
+    """A line of a bundle that cannot be taken, as it came, and why."""
 
     body: bytes
     problems: tuple[Problem, ...]
@@ -470,17 +483,22 @@ class BadLine:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle of charges as it was read. `bodies` gives a line as JSON, to be kept if it cannot be charged."""
+    """A bundle of charges as it was read, and what is given back before them."""
 
     partition: int
     number: int
     body_hash: bytes
     body: bytes
     lines: Sequence[ChargeLine | BadLine]
+    reversals: Sequence[ReverseCharge | BadLine] = ()
 
     def line_body(self, place: int) -> bytes:
         """The line at `place` as it came."""
-        return bytes(_raw_lines(self.body)[place])
+        return bytes(_raw_bundle(self.body).lines[place])
+
+    def reversal_body(self, place: int) -> bytes:
+        """The reversal at `place` as it came."""
+        return bytes(_raw_bundle(self.body).reversals[place])
 
 
 class UnreadableBundle(ValueError):
@@ -520,14 +538,17 @@ class _Bundle(msgspec.Struct):
     type: str
     partition: int
     number: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
-    lines: Annotated[list[_Line], msgspec.Meta(min_length=1, max_length=LINES_MAX)]
+    lines: Annotated[list[_Line], msgspec.Meta(max_length=LINES_MAX)]
+    # Seldom: each is read slowly.
+    reversals: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=LINES_MAX)] = []
 
 
 class _RawBundle(msgspec.Struct):
     type: str
     partition: int
     number: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
-    lines: Annotated[list[msgspec.Raw], msgspec.Meta(min_length=1, max_length=LINES_MAX)]
+    lines: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=LINES_MAX)]
+    reversals: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=LINES_MAX)] = []
 
 
 _BUNDLE: Final = msgspec.json.Decoder(_Bundle)
@@ -535,8 +556,8 @@ _RAW_BUNDLE: Final = msgspec.json.Decoder(_RawBundle)
 
 
 @lru_cache(maxsize=4)
-def _raw_lines(body: bytes) -> list[msgspec.Raw]:
-    return _RAW_BUNDLE.decode(body).lines
+def _raw_bundle(body: bytes) -> _RawBundle:
+    return _RAW_BUNDLE.decode(body)
 
 
 # Postgres has no text with a NUL in it; looked for in the body as a whole.
@@ -559,14 +580,17 @@ def read_bundle(subject: str, body: bytes, units: Units) -> Bundle:
         raise UnreadableBundle(f"not JSON: {error}") from error
     if fast.type != CHARGES_RATED or fast.partition != partition:
         raise UnreadableBundle(f"not a {CHARGES_RATED} of partition {partition}")
+    if not fast.lines and not fast.reversals:
+        raise UnreadableBundle("a bundle with neither lines nor reversals")
     lines: list[ChargeLine | BadLine] = []
     if isinstance(fast, _Bundle):
         for place, line in enumerate(fast.lines):
             read: ChargeLine | BadLine | None = _read_line(line, units, partition)
-            lines.append(read or _read_line_slowly(bytes(_raw_lines(body)[place]), units, partition))
+            lines.append(read or _read_line_slowly(bytes(_raw_bundle(body).lines[place]), units, partition))
     else:
         lines.extend(_read_line_slowly(bytes(raw), units, partition) for raw in fast.lines)
-    return Bundle(partition, fast.number, sha256(body).digest(), body, lines)
+    reversals = [_read_reversal(bytes(raw), units, partition, fast.number) for raw in fast.reversals]
+    return Bundle(partition, fast.number, sha256(body).digest(), body, lines, reversals)
 
 
 class _Trace(msgspec.Struct):
@@ -602,6 +626,41 @@ def read_line(body: bytes, units: Units) -> ContractLine:
     reader.line("", line)
     reader.finish()
     return line
+
+
+def read_again(body: bytes, units: Units, *, key: str) -> words.Charge | words.ReverseCharge:
+    """A line of a bundle on its own, as the command that does what it asks for. Raises Invalid with every problem."""
+    if not _is_reversal(body):
+        return words.Charge(idempotency_key=key, line=read_line(body, units))
+    line = _reversal_line(body)
+    reader = _Reader(units)
+    reader.reversal("", line, None)
+    reader.finish()
+    return words.ReverseCharge(
+        idempotency_key=key,
+        account=line.account,
+        source=line.source,
+        event_id=line.event_id,
+        revision=line.revision,
+        amounts=line.amounts,
+        reason=line.reason,
+        correction=line.correction,
+    )
+
+
+def _is_reversal(body: bytes) -> bool:
+    """No charge line names a correction."""
+    try:
+        return "correction" in msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+
+
+def _reversal_line(body: bytes) -> ReversalLine:
+    try:
+        return ReversalLine.model_validate_json(body)
+    except ValidationError as error:
+        raise Invalid(model_problems(error)) from error
 
 
 def model_problems(error: ValidationError) -> list[Problem]:
@@ -676,11 +735,23 @@ def _read_line_slowly(body: bytes, units: Units, partition: int) -> ChargeLine |
     except Invalid as error:
         return BadLine(body, error.problems)
     if partition_of(line.account) != partition:
-        problem = Problem(
-            "/account", "account_differs", f"{line.account} lives in partition {partition_of(line.account)}"
-        )
-        return BadLine(body, (problem,))
+        return BadLine(body, (_lives_elsewhere(line.account),))
     return _Reader(units).line("", line)
+
+
+def _read_reversal(body: bytes, units: Units, partition: int, bundle: int) -> ReverseCharge | BadLine:
+    reader = _Reader(units)
+    try:
+        line = _reversal_line(body)
+        read = reader.reversal("", line, bundle)
+        reader.finish()
+    except Invalid as error:
+        return BadLine(body, error.problems)
+    return read if partition_of(line.account) == partition else BadLine(body, (_lives_elsewhere(line.account),))
+
+
+def _lives_elsewhere(account: str) -> Problem:
+    return Problem("/account", "account_differs", f"{account} lives in partition {partition_of(account)}")
 
 
 @lru_cache(maxsize=4096)
@@ -937,6 +1008,8 @@ def reversed_fact(command: ReverseCharge, moves: Sequence[Move], *, transaction:
         "reversed": [_amount(max(wallets.values()), unit, units) for unit, wallets in taken.items()],
         "reason": command.reason,
     }
+    if command.correction is not None:
+        fields["correction"] = command.correction
     return Fact("charge", "reversed", transaction, fields)
 
 

@@ -10,7 +10,7 @@ import pytest
 from contracts.partition import PARTITION_COUNT
 from contracts.streams import CONSUMERS, OPERATOR, STREAMS, USERS
 from infra import asyncapi
-from infra.schemas import CONTRACTS, MESSAGES, RESERVED, pattern_of
+from infra.schemas import CONTRACTS, MESSAGES, pattern_of
 
 Json = dict[str, Any]
 
@@ -96,13 +96,6 @@ def test_every_subject_of_streams_users_and_consumers_has_a_channel() -> None:
     for subject in known:
         assert any(asyncapi.overlaps(subject, address) for address in addresses), subject
     assert len(addresses) == len(set(addresses))
-
-
-def test_what_is_reserved_has_no_message_and_is_known_to_somebody() -> None:
-    for address in RESERVED:
-        pattern = pattern_of(address)
-        assert asyncapi.senders(address), address
-        assert not [message for message in MESSAGES if asyncapi.overlaps(pattern_of(message.address), pattern)]
 
 
 def test_the_operations_are_the_permission_matrix() -> None:

@@ -238,7 +238,10 @@ class ChargeLine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReverseCharge:
-    """Give back what a charge line took, or the named amounts of it, to the very lots it took it from."""
+    """Give back what a charge line took, or the named amounts of it, to the very lots it took it from.
+
+    `correction`: of metering, which wants it; `bundle`: the number of the one that says so.
+    """
 
     account: str
     source: str
@@ -246,6 +249,8 @@ class ReverseCharge:
     revision: int = 0
     amounts: tuple[tuple[str, int], ...] | None = None
     reason: str | None = None
+    correction: str | None = None
+    bundle: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -153,12 +153,17 @@ class Charged(msgspec.Struct, frozen=True, tag="charged", omit_defaults=True):
 
 
 class Reversed(msgspec.Struct, frozen=True, tag="reversed", omit_defaults=True):
-    """Which charge line was given back, and why. On the first entry without details of its transaction."""
+    """Which charge line was given back, and why. On the first entry that gives back of its transaction.
+
+    `correction` of metering wanted it, in the bundle of that number.
+    """
 
     source: str
     event_id: str
     revision: int
     reason: str | None = None
+    correction: str | None = None
+    bundle: int | None = None
 
 
 class Noted(msgspec.Struct, frozen=True, tag="noted", omit_defaults=True):

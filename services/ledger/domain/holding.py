@@ -47,7 +47,8 @@ def decide_place_hold(state: PartitionState, command: PlaceHold, *, units: Units
         return refusal
     known = state.holds.get(command.hold)
     if known is not None:
-        return hold_is(known)
+        # Another account's does not end before this is decided, swept or not.
+        return HoldExpired(known.id) if known.is_overdue(place.recorded_at) else hold_is(known)
     if command.account not in state.accounts:
         return AccountNotOpen(command.account)
     setting = _Setting("hold_placed", command.hold, command.account, command.scope, units, place)

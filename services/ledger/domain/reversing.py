@@ -36,7 +36,9 @@ def decide_reverse_charge(
     if isinstance(asked, MoreThanCharged):
         return asked
     attempt = Attempt(state, units=units, place=place)
-    details: Reversed | None = Reversed(command.source, command.event_id, command.revision, command.reason)
+    details: Reversed | None = Reversed(
+        command.source, command.event_id, command.revision, command.reason, command.correction, command.bundle
+    )
     backs = []
     for part in _parts(line, asked):
         backs += _give_back(attempt, part, details)

@@ -50,7 +50,10 @@ class PartView(BaseModel):
 
 
 class ReversalView(BaseModel):
-    """What of a charge line was given back, by the lots it had taken from, and why."""
+    """What of a charge line was given back, by the lots it had taken from, and why.
+
+    `correction` of metering wanted it, in the bundle of that number; null: it was asked for by a command.
+    """
 
     source: str
     event_id: str
@@ -58,6 +61,8 @@ class ReversalView(BaseModel):
     transaction: str
     recorded_at: datetime
     reason: str | None
+    correction: str | None
+    bundle: int | None
     split: list[PartView]
 
 
@@ -114,7 +119,17 @@ LINE_COLUMNS: Final = """partition, source, event_id, revision, account, occurre
 price_version, own_key, amounts, split, bundle_number, line_number, transaction_id::text, recorded_at"""
 
 
-REVERSAL_COLUMNS: Final = "partition, source, event_id, revision, transaction_id::text, recorded_at, reason, split"
+# Whose correction it was is journalled with the first entry that gives back, which is among the first of all.
+REVERSAL_COLUMNS: Final = """r.partition, r.source, r.event_id, r.revision, r.transaction_id::text, r.recorded_at,
+r.reason, r.split, j.details::json ->> 'correction', (j.details::json ->> 'bundle')::bigint"""
+REVERSAL_ENTRY: Final = """
+LEFT JOIN LATERAL (
+    SELECT e.details FROM journal e
+    WHERE e.partition = r.partition AND e.batch = r.batch AND e.position >= r.position
+      AND e.transaction_id = r.transaction_id AND e.kind = 'reversed' AND e.details IS NOT NULL
+    ORDER BY e.position LIMIT 1
+) j ON true
+"""
 
 
 async def reversals_of(
@@ -125,9 +140,10 @@ async def reversals_of(
         return {}
     cursor = await connection.execute(
         f"""
-        SELECT {", ".join(f"r.{name.strip()}" for name in REVERSAL_COLUMNS.split(","))}
+        SELECT {REVERSAL_COLUMNS}
         FROM unnest(%s::smallint[], %s::text[], %s::text[], %s::integer[]) AS k (partition, source, event_id, revision)
-        JOIN reversals r USING (partition, source, event_id, revision) ORDER BY r.batch, r.position LIMIT %s
+        JOIN reversals r USING (partition, source, event_id, revision) {REVERSAL_ENTRY}
+        ORDER BY r.batch, r.position LIMIT %s
         """,
         [*(list(column) for column in zip(*(row[:4] for row in lines), strict=True)), ENTRIES_SHOWN_MAX],
     )
@@ -181,7 +197,7 @@ def use_view(scope: str) -> UseView:
 
 def reversal_view(row: TupleRow, units: Mapping[str, Unit]) -> ReversalView:
     """A row of `REVERSAL_COLUMNS`, as it is told."""
-    partition, source, event_id, revision, transaction, recorded_at, reason, split = row
+    partition, source, event_id, revision, transaction, recorded_at, reason, split, correction, bundle = row
     return ReversalView(
         source=source,
         event_id=event_id,
@@ -189,6 +205,8 @@ def reversal_view(row: TupleRow, units: Mapping[str, Unit]) -> ReversalView:
         transaction=full_id("txn", partition, transaction),
         recorded_at=recorded_at,
         reason=reason,
+        correction=correction,
+        bundle=bundle,
         split=[
             PartView(
                 account=payer,

@@ -15,6 +15,7 @@ from services.ledger.queries.charges import (
     LINE_COLUMNS,
     LINES_SHOWN_MAX,
     REVERSAL_COLUMNS,
+    REVERSAL_ENTRY,
     LineView,
     ReversalView,
     line_view,
@@ -54,7 +55,7 @@ class CommandView(BaseModel):
 
 
 class TransactionView(BaseModel):
-    """A transaction and its cause: commands, or a bundle of charge lines; neither: it was due.
+    """A transaction and its cause: commands, or a bundle's charge lines, or one of its reversals; neither: it was due.
 
     Of more than 10,000 entries the first are told, and how many there are.
     """
@@ -105,22 +106,24 @@ async def read_transaction(connection: Connection, transaction: str, *, units: U
         )
         reversals = await connection.execute(
             f"""
-            SELECT {REVERSAL_COLUMNS} FROM reversals
-            WHERE recorded_at = %(recorded_at)s AND partition = %(partition)s AND transaction_id = %(transaction)s
-            ORDER BY position LIMIT {LINES_SHOWN_MAX}
+            SELECT {REVERSAL_COLUMNS} FROM reversals r {REVERSAL_ENTRY}
+            WHERE r.recorded_at = %(recorded_at)s AND r.partition = %(partition)s
+              AND r.transaction_id = %(transaction)s
+            ORDER BY r.position LIMIT {LINES_SHOWN_MAX}
             """,
             keys,
         )
     found_lines = await lines.fetchall()
+    found_reversals = [reversal_view(row, units.by_name) for row in await reversals.fetchall()]
     given_back = await reversals_of(connection, found_lines, units.by_name)
     return TransactionView(
         transaction=transaction,
         batch=rows[0][0],
         recorded_at=recorded_at,
         commands=[CommandView(principal=row[0], idempotency_key=row[1]) for row in await commands.fetchall()],
-        bundle=found_lines[0][12] if found_lines else None,
+        bundle=found_lines[0][12] if found_lines else found_reversals[0].bundle if found_reversals else None,
         lines=[line_view(row, given_back, units.by_name) for row in found_lines],
-        reversals=[reversal_view(row, units.by_name) for row in await reversals.fetchall()],
+        reversals=found_reversals,
         entries=[_entry_view(row, partition, units.by_name) for row in rows],
         entries_total=rows[0][14],
     )

@@ -1,4 +1,4 @@
-"""Dead letters again: charge lines, and facts of billing. However often, each takes effect once at most."""
+"""Dead letters again: lines of bundles, and facts of billing. However often, each takes effect once at most."""
 
 from typing import Final
 
@@ -16,7 +16,7 @@ REDRIVE_SECONDS_MAX: Final = 20.0
 async def redrive(backend: Backend, letter: DeadLetter) -> None:
     """Decide what was dead-lettered again; however often, it takes effect once at most.
 
-    A charge line is a command under the letter's id, a fact of billing asks under the keys it always asks under.
+    A line of a bundle is a command under the letter's id, a fact of billing asks under the keys it always asks under.
     """
     if letter.stream == PAYMENTS:
         try:
@@ -25,11 +25,10 @@ async def redrive(backend: Backend, letter: DeadLetter) -> None:
             raise problem_of(error.failed) from error
         return
     try:
-        line = translate.read_line(letter.payload, backend.units)
+        command = translate.read_again(letter.payload, backend.units, key=f"dead-letter:{letter.id}")
     except translate.Invalid as error:
         rows = translate.problem_rows(error.problems)
-        raise Unreadable("the charge line still cannot be read", problems=rows) from error
-    command = words.Charge(idempotency_key=f"dead-letter:{letter.id}", line=line)
+        raise Unreadable("the line still cannot be read", problems=rows) from error
     reply = await backend.owners.ask(command, principal=_REDRIVER)
     match reply:
         case words.Accepted():
@@ -38,7 +37,7 @@ async def redrive(backend: Backend, letter: DeadLetter) -> None:
             # By another bundle, meanwhile: this very line.
             pass
         case words.Refused():
-            raise Unreadable(f"the charge line still cannot be charged: {reply.message}")
+            raise Unreadable(f"the line still cannot be done: {reply.message}")
         case words.Failed():
             raise problem_of(reply)
 

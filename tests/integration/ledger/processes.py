@@ -31,6 +31,7 @@ class LedgerProcess:
             "SCRIP_TOKENS_FILE": str(settings.tokens_file),
             "SCRIP_CATALOGUE_FILE": str(settings.catalogue_file),
             "SCRIP_LEASE_SECONDS": str(settings.lease_seconds),
+            "SCRIP_LEDGER_OWNS": str(settings.ledger_owns),
         }
         with log_file.open("a") as log:
             self.process = subprocess.Popen(

@@ -4,7 +4,7 @@ import random
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Any, Final
@@ -14,6 +14,7 @@ from psycopg.conninfo import make_conninfo
 from pydantic import SecretStr
 
 from contracts.ids import uuid7
+from contracts.metering import CHARGES_RATED
 from contracts.partition import partition_of
 from services.kit.catalogue import load_catalogue
 from services.kit.database import Writer
@@ -89,13 +90,15 @@ class Recorder:
         assert all(reply["status"] == "accepted" for reply in replies), replies
         return replies
 
-    async def bundle(self, *lines: ChargeLine) -> Result:
-        """Charge lines of one tree in a bundle."""
-        partition = partition_of(lines[0].account)
+    async def bundle(self, *lines: ChargeLine, reversals: Sequence[ReverseCharge] = ()) -> Result:
+        """Give back lines, then charge lines, all of one tree, in a bundle."""
+        partition = partition_of(lines[0].account if lines else reversals[0].account)
         self.bundles[partition] += 1
         number = self.bundles[partition]
-        body = msgspec.json.encode({"lines": [str(line) for line in lines]})
-        bundle = Bundle(partition, number, sha256(body).digest(), body, lines)
+        told = {"lines": [str(line) for line in lines], "reversals": [str(each) for each in reversals]}
+        body = msgspec.json.encode({"type": CHARGES_RATED, "partition": partition, "number": number, **told})
+        named = [replace(each, correction="correction-1", bundle=number) for each in reversals]
+        bundle = Bundle(partition, number, sha256(body).digest(), body, lines, named)
         (result,) = await self.ledger.process([BundleItem(bundle, "CHARGES", number, "metering.v1.00.charges.rated")])
         return result
 
@@ -153,7 +156,7 @@ class Recorder:
             if self.chance.random() < 0.2:
                 account = self._account()
                 lines = [self._line(account) for _ in range(self.chance.randint(1, 6))]
-                await self.bundle(*lines)
+                await self.bundle(*lines, reversals=self._given_back(account))
                 continue
             if self.chance.random() < 0.15:
                 account, hold = self.chance.choice(self.holds) if self.holds else (self._account(), None)
@@ -295,6 +298,18 @@ class Recorder:
         account, event = self.chance.choice(self.lines[-40:])
         amounts = self.chance.choice((None, None, (("usd", self._amount()),), (("tokens", self._amount()),)))
         return ReverseCharge(account=account, source="demo", event_id=event, amounts=amounts)
+
+    def _given_back(self, account: str) -> list[ReverseCharge]:
+        """Of lines of the account's tree, what a bundle may give back. Some of them more than is left."""
+        root = account.partition("/")[0]
+        lines = [line for line in self.lines[-60:] if line[0].partition("/")[0] == root]
+        count = self.chance.choice((0, 0, 1, 3))
+        return [
+            ReverseCharge(
+                account=of, source="demo", event_id=event, amounts=(("usd", self.chance.choice((1, 7, 100))),)
+            )
+            for of, event in (self.chance.choices(lines, k=count) if lines else ())
+        ]
 
     def _transfer(self) -> Command:
         root = self.chance.choice(self.roots)

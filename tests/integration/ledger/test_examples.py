@@ -9,12 +9,12 @@ import httpx2
 import pytest
 
 from contracts import ledger as words
-from contracts.metering import Scope
+from contracts.metering import ChargeLine, ReversalLine, Scope
 from contracts.money import Amount
 from services.kit.ids import new_hold_id
 from services.ledger import app as ledger_app
-from services.ledger.routes import reading
-from tests.builders import charge_line, charges_rated, hold_leg
+from services.ledger.routes import balance, reading
+from tests.builders import charge_line, charges_rated, hold_leg, reversal_line
 from tests.integration.ledger.driving import Driver
 
 pytestmark = pytest.mark.anyio
@@ -31,6 +31,7 @@ class Service:
     http: httpx2.AsyncClient
     at: datetime = datetime(2026, 7, 1, 12, tzinfo=UTC)
     events: int = 0
+    bundles: int = 0
 
     def __call__(self) -> datetime:
         return self.at
@@ -67,7 +68,17 @@ class Service:
         await self.driver.accepted(words.Charge(idempotency_key=self.driver.key(), line=line))
         return line.event_id
 
-    async def reverse(self, event_id: str) -> None:
+    async def bundle(self, *lines: ChargeLine, reversals: tuple[ReversalLine, ...] = ()) -> None:
+        """What metering says next."""
+        self.bundles += 1
+        await self.driver.publish(charges_rated(*lines, reversals=reversals, number=self.bundles, recorded_at=self.at))
+        await self.driver.until("SELECT max(charges_number) FROM heads", self.bundles)
+
+    async def reverse(self, event_id: str, amount: str, *, by: str) -> None:
+        """Give back all of an event, of which that amount of usd was taken: by a command, or in a bundle."""
+        if by == "bundle":
+            await self.bundle(reversals=(reversal_line(event_id, usd=amount),))
+            return
         await self.driver.accepted(
             words.ReverseCharge(idempotency_key=self.driver.key(), account="acme", source="demo", event_id=event_id)
         )
@@ -105,7 +116,8 @@ async def service(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     driver = replace(driver, settings=driver.settings.model_copy(update={"sweep_seconds": 0.02}))
     found = Service(driver, httpx2.AsyncClient())
     monkeypatch.setattr(ledger_app, "now", found)
-    monkeypatch.setattr(reading, "now", found)
+    for routes in (reading, balance):
+        monkeypatch.setattr(routes, "now", found)
     async with driver.running() as http:
         await found.http.aclose()
         found.http = http
@@ -167,13 +179,14 @@ async def test_example_4_what_is_above_the_hold_is_taken_then_owed_then_repaid(s
     assert await service.amounts() == ("4", "0", "4")
 
 
-async def test_example_5_what_was_repaid_goes_back_to_the_lot_that_repaid_it(service: Service) -> None:
+@pytest.mark.parametrize("by", ["command", "bundle"])
+async def test_example_5_what_was_repaid_goes_back_to_the_lot_that_repaid_it(service: Service, by: str) -> None:
     await service.open("acme", "usd")
     lots = [await service.grant("10"), await service.grant("1")]
     event = await service.charge("12")
     lots.append(await service.grant("5"))
     assert await service.left(*lots) == [0, 0, 4 * 10**9]
-    await service.reverse(event)
+    await service.reverse(event, "12", by=by)
     assert await service.left(*lots) == [10 * 10**9, 10**9, 5 * 10**9]
     assert await service.amounts() == ("16", "0", "16")
 
@@ -283,7 +296,8 @@ async def test_example_11_a_partial_refund_and_a_lost_dispute_take_what_was_paid
     assert await service.amounts() == ("0", "0", "0")
 
 
-async def test_example_12_a_lot_pays_within_its_scope_and_gets_back_what_it_paid(service: Service) -> None:
+@pytest.mark.parametrize("by", ["command", "bundle"])
+async def test_example_12_a_lot_pays_within_its_scope_and_gets_back_what_it_paid(service: Service, by: str) -> None:
     await service.open("acme", "usd")
     promo = await service.grant("5", kind="promo", scope=words.LotScope(providers=("openai",)))
     purchase = await service.grant("20", kind="purchase")
@@ -291,8 +305,7 @@ async def test_example_12_a_lot_pays_within_its_scope_and_gets_back_what_it_paid
         charge_line(f"line-{place}", usd=amount, occurred_at=service.at).model_copy(update={"scope": scope})
         for place, (amount, scope) in enumerate((("3", A), ("4", B), ("4", A)))
     ]
-    await service.driver.publish(charges_rated(*lines, recorded_at=service.at))
-    await service.driver.until("SELECT count(*) FROM charge_lines", 3)
+    await service.bundle(*lines)
     assert await service.left(promo, purchase) == [0, 14 * 10**9]
-    await service.reverse("line-0")
+    await service.reverse("line-0", "3", by=by)
     assert await service.left(promo, purchase) == [3 * 10**9, 14 * 10**9]

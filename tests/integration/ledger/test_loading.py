@@ -1,7 +1,7 @@
 """A process that remembers nothing reads what a command needs: it decides as one that has never forgotten anything."""
 
 import random
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from hashlib import sha256
@@ -12,6 +12,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 from pydantic import SecretStr
 
+from contracts.metering import CHARGES_RATED
 from contracts.partition import partition_of
 from services.kit.database import Writer
 from services.ledger import tables
@@ -129,15 +130,29 @@ class Both:
             *(SweepItem(partition_of(ROOT), CatchUp(account=name)) for name in sorted(self.core.all.accounts))
         )
 
-    async def bundle(self, *lines: ChargeLine) -> None:
-        """Charge lines on both sides in a bundle."""
-        self.core.catch_up()
-        self.core.bundle(lines)
-        self.bundles += 1
-        body = msgspec.json.encode([str(each) for each in lines])
-        bundle = Bundle(partition_of(ROOT), self.bundles, sha256(body).digest(), body, lines)
-        results = await self.process(BundleItem(bundle, "CHARGES", self.bundles, "metering.v1.00.charges.rated"))
-        assert results == [Taken(repeated=False, traced=[])]
+    async def bundle(self, *lines: ChargeLine, reversals: Sequence[ReverseCharge] = ()) -> None:
+        """Give back lines, then charge lines, on both sides; on the service's in a bundle."""
+        await self.bundles_together((reversals, lines))
+
+    async def bundles_together(self, *told: tuple[Sequence[ReverseCharge], Sequence[ChargeLine]]) -> None:
+        """Likewise, and on the service's several bundles in one batch."""
+        items = []
+        for reversals, lines in told:
+            self.core.catch_up()
+            for each in reversals:
+                # One that is refused is put aside on the service's.
+                self.core.ask(each)
+            if lines:
+                self.core.bundle(lines)
+            self.bundles += 1
+            texts = {"lines": [str(each) for each in lines], "reversals": [str(each) for each in reversals]}
+            body = msgspec.json.encode(
+                {"type": CHARGES_RATED, "partition": partition_of(ROOT), "number": self.bundles, **texts}
+            )
+            bundle = Bundle(partition_of(ROOT), self.bundles, sha256(body).digest(), body, lines, reversals)
+            items.append(BundleItem(bundle, "CHARGES", self.bundles, "metering.v1.00.charges.rated"))
+        results = await self.process(*items)
+        assert results == [Taken(repeated=False, traced=[])] * len(told)
         await self.compare()
 
     async def process(self, *items: Item) -> list[Any]:
@@ -483,6 +498,21 @@ async def test_what_is_charged_and_given_back_in_one_batch_reaches_the_claims_on
     both.check_replay()
 
 
+async def test_a_line_and_its_reversal_may_be_in_two_bundles_of_one_batch(both: Both) -> None:
+    """And what it took may be claimed: it is given back from what is in memory, with all that follows."""
+    await both.do(opened(ROOT, "usd", policy="soft"))
+    await both.do(paid(10, "pi_1"))
+    held = hold_id()
+    await both.do(PlaceHold(hold=held, account=ROOT, legs=(leg("usd", 10),)))
+    await both.do(claim(10, "pi_1"))
+    used, again = use(10, hold=held, at=both.core.now), use(3, at=both.core.now)
+    await both.bundles_together(
+        ((), (used, again)), ((reversal(used, ("usd", 4)),), ()), ((reversal(used, ("usd", 6)), reversal(again)), ())
+    )
+    assert both.core.debt(ROOT) == 0
+    both.check_replay()
+
+
 @pytest.mark.parametrize("seed", range(3))
 async def test_whatever_happened_is_read_as_far_as_it_matters(both: Both, seed: int) -> None:
     await both.do(opened(ROOT, "usd", "tokens", policy="soft"))
@@ -495,6 +525,10 @@ async def test_whatever_happened_is_read_as_far_as_it_matters(both: Both, seed: 
         if isinstance(command, ChargeLine) and happening.chance.random() < 0.3:
             await both.bundle(command)
             happening.note(command)
+        elif isinstance(command, ReverseCharge) and happening.chance.random() < 0.5:
+            used = happening.use()
+            await both.bundle(used, reversals=[command])
+            happening.note(used)
         elif isinstance(await both.ask(command), list):
             happening.note(command)
     both.check_replay()

@@ -71,6 +71,7 @@ def test_another_ledger_ends_with_the_same_record_and_the_same_balances(
     manifest = import_journal(other.url("ledger_owner"), exported, on_progress=lambda *now: seen.append(now))
     assert not replay(other.url("ledger_owner"), swap=True).is_equal
     assert dump(other) == dump(database)
+    assert any('""bundle"":' in entry for entry in dump(other)["journal"] if ",reversed," in entry)
     assert manifest.rows["journal"] == len(dump(other)["journal"]) > 300
     assert replay(other.url("ledger_owner")).is_equal
     assert audit(other.url("ledger"), keys=KEYS, caps=CAPS, processes=1).is_clean

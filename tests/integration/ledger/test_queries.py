@@ -109,7 +109,7 @@ async def test_a_lot_that_ends_inside_a_hold_keeps_what_is_held_swept_or_not(han
     """The architecture's worked example 7."""
     ends = BEGIN + 5 * HOUR
     await hand.write(opened(ROOT, "usd"), granted(ROOT, "usd", A, 1500, expires_at=ends))
-    await hand.write(placed(HOLD, ROOT, "usd", A, 1000))
+    await hand.write(placed(HOLD, ROOT, "usd", A, 1000, expires_at=ends + HOUR))
     before = await everything(hand)
     view = await wallet(hand, at=ends - timedelta(microseconds=1))
     assert amounts(view) == ("15", "10", "5")
@@ -460,13 +460,14 @@ async def test_a_charge_is_explained_from_the_event_to_the_lots_and_back(hand: H
 async def test_open_holds_are_those_of_the_account_and_below_it_and_no_neighbours(hand: Hand) -> None:
     names = (f"{ROOT}/ab", f"{ROOT}/ab/c", f"{ROOT}/ab-c", f"{ROOT}/ab0")
     await hand.write(opened(ROOT, "usd"), granted(ROOT, "usd", A, 1000))
+    ends = BEGIN + 100 * HOUR
     for number, name in enumerate(names):
-        await hand.write(placed(uuid(50 + number), name, "usd", A, 100, payer=ROOT))
-    await hand.write(placed(uuid(60), names[0], "usd", A, 100, payer=ROOT))
+        await hand.write(placed(uuid(50 + number), name, "usd", A, 100, payer=ROOT, expires_at=ends))
+    await hand.write(placed(uuid(60), names[0], "usd", A, 100, payer=ROOT, expires_at=ends))
     await hand.write(moved("hold_released", ROOT, "usd", A, held=-100, hold=uuid(60)))
 
     async def found(account: str, after: str | None = None) -> list[tuple[str, str]]:
-        views = await read_open_holds(hand.connection, account, after=after, limit=2, units=UNITS.by_name)
+        views = await read_open_holds(hand.connection, account, after=after, limit=2, units=UNITS, now=BEGIN)
         assert views is not None
         return [(view.account, view.hold) for view in views]
 
@@ -474,7 +475,7 @@ async def test_open_holds_are_those_of_the_account_and_below_it_and_no_neighbour
     assert await found(names[0]) == [(names[0], ids[0]), (names[1], ids[1])]
     assert await found(names[0], ids[0]) == [(names[1], ids[1])]
     assert await found(ROOT, ids[1]) == [(names[2], ids[2]), (names[3], ids[3])]
-    view = await read_hold(hand.connection, ids[0], units=UNITS.by_name)
+    view = await read_hold(hand.connection, ids[0], units=UNITS, now=BEGIN)
     assert view is not None
     assert view.scope == USE
     assert [(each.account, each.placed, each.held, each.estimated) for each in view.wallets] == [(ROOT, "1", "1", "0")]

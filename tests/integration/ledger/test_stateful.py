@@ -5,6 +5,7 @@ import os
 import random
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -15,7 +16,7 @@ from pydantic import SecretStr, ValidationError
 from contracts import ledger as words
 from contracts.ids import make_id
 from contracts.metering import ChargeLine as ContractLine
-from contracts.metering import ChargesRated
+from contracts.metering import ChargesRated, ReversalLine
 from contracts.metering import Scope as ContractScope
 from contracts.money import Amount, format_amount
 from contracts.partition import partition_of
@@ -100,7 +101,7 @@ class Served:
         if step.way == "restart":
             self.world.do(step)
             return
-        commands = tuple(each for each in step.commands if not isinstance(each, ResolveHold | CatchUp))
+        commands = tuple(self.timed(each) for each in step.commands if not isinstance(each, ResolveHold | CatchUp))
         try:
             asked = [await self.words_of(self.world.resolved(command)) for command in commands]
         except ValidationError:
@@ -112,12 +113,21 @@ class Served:
         outcomes = self.world.do(replace(step, commands=commands))
         match step.way:
             case "bundle":
-                await self.bundle([contract_line(each) for each in commands if isinstance(each, ChargeLine)], outcomes)
+                await self.bundle(commands, outcomes)
             case "alone":
                 await self.alone(asked[0].model_copy(update={"dry_run": step.dry_run}), outcomes[0], chance)
             case _:
                 await self.listed(asked, outcomes, step)
         await self.compare()
+
+    def timed(self, command: Command) -> Command:
+        """A debit is asked for without a time: it occurs when it is first decided, after the wait."""
+        if not (isinstance(command, ChargeLine) and command.required):
+            return command
+        before = self.world.book.contents.get((command.source, command.event_id, command.revision))
+        at = self.clock.at if before is None else before[1]
+        assert isinstance(at, datetime)
+        return replace(command, occurred_at=at)
 
     async def alone(self, asked: words.Command, outcome: Outcome, chance: random.Random) -> None:
         reply = await self.driver.command(asked, principal=PRINCIPAL)
@@ -146,14 +156,19 @@ class Served:
             assert isinstance(reply, words.Refused), (reply, outcomes)
             assert (reply.code, reply.index) == (outcomes[-1].code, len(outcomes) - 1)
 
-    async def bundle(self, lines: list[ContractLine], outcomes: list[Outcome]) -> None:
+    async def bundle(self, commands: Sequence[Command], outcomes: list[Outcome]) -> None:
         self.bundles += 1
-        bundle = ChargesRated(partition=PARTITION, number=self.bundles, recorded_at=self.clock.at, lines=tuple(lines))
+        lines = tuple(contract_line(each) for each in commands if isinstance(each, ChargeLine))
+        backs = [each for each in commands if isinstance(each, ReverseCharge)]
+        reversals = tuple(reversal_line(each, f"correction-{place}") for place, each in enumerate(backs))
+        bundle = ChargesRated(
+            partition=PARTITION, number=self.bundles, recorded_at=self.clock.at, lines=lines, reversals=reversals
+        )
         await self.driver.publish(bundle)
         await self.driver.until("SELECT charges_number FROM heads WHERE partition = %s", self.bundles, PARTITION)
         dead = sum(not isinstance(outcome, list | AlreadyCharged) for outcome in outcomes)
         found = await self.driver.rows("SELECT lines, lines_dead FROM bundles WHERE number = %s", self.bundles)
-        assert found == [(len(lines), dead)], (found, outcomes, lines)
+        assert found == [(len(commands), dead)], (found, outcomes, commands)
 
     async def sweep(self) -> None:
         """What is due is done on both sides: here by the sweeper, there in the order in which it does it."""
@@ -447,6 +462,18 @@ def line_words(key: str, line: ChargeLine) -> words.Command:
             occurred_at=line.occurred_at,
         )
     return words.Charge(idempotency_key=key, line=contract_line(line))
+
+
+def reversal_line(command: ReverseCharge, correction: str) -> ReversalLine:
+    assert command.amounts is not None
+    return ReversalLine(
+        source=command.source,
+        event_id=command.event_id,
+        account=command.account,
+        amounts=amounts(command.amounts),
+        correction=correction,
+        reason=command.reason,
+    )
 
 
 def contract_line(line: ChargeLine) -> ContractLine:

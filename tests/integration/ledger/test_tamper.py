@@ -117,6 +117,8 @@ async def _live(recorder: Recorder) -> None:
     recorder.later(seconds=1)
     await recorder.accepted(Grant(account=ROOT, unit="usd", amount=7))
     await recorder.accepted(Adjust(account=ROOT, unit="usd", amount=-20_000, reason="put right", force=True))
+    in_bundle = ReverseCharge(account=f"{ROOT}/ml", source="demo", event_id=line.event_id, amounts=(("usd", 5),))
+    await recorder.bundle(reversals=[in_bundle])
 
 
 def places(found: Audited) -> set[tuple[int, int]]:
@@ -367,6 +369,7 @@ BESIDE: Final = {
     "the bundle 1 names transaction": "UPDATE bundles SET transaction_id = '01980000-0000-7000-8000-000000000000'",
     "the reversal of demo/": "UPDATE reversals SET position = position + 100",
     "more than demo/": "UPDATE reversals SET split = replace(split, ',20]', ',45]')",
+    "for bundle 2, which was not taken with it": "UPDATE bundles SET batch = batch - 1 WHERE number = 2",
     "which was not charged": "UPDATE reversals SET event_id = 'another'",
 }
 

@@ -221,7 +221,6 @@ MAY_PUBLISH: Final[Mapping[str, set[str]]] = {
         # Its HTTP ingest publishes for every principal it has authenticated.
         *(f"usage.v1.07.{source}" for source in CALLERS),
         "metering.v1.07.charges.rated",
-        "metering.v1.07.reversals.requested",
         *reads("USAGE", "metering"),
         *reads("LEDGER", "metering-directory"),
         *trims("USAGE"),

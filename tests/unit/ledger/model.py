@@ -428,7 +428,8 @@ class Model:
         found = self.bad_legs(command.legs)
         known = self.holds.get(command.hold)
         if known is not None:
-            found.add("hold_exists" if known["status"] == "placed" else ENDED[known["status"]])
+            is_open = known["status"] == "placed" and known["deadline"] > now
+            found.add("hold_exists" if is_open else ENDED.get(known["status"], "hold_expired"))
         if command.account not in self.accounts:
             found.add("account_not_open")
         return found or self.lacking(command.legs, command.account, command.scope, None, now)

@@ -17,7 +17,7 @@ from services.ledger.domain.commands import (
     Rule,
     SetRule,
 )
-from services.ledger.domain.errors import AccountDiffers, HoldExpired
+from services.ledger.domain.errors import AccountDiffers, HoldExists, HoldExpired
 from services.ledger.projections import lot_of
 from tests.unit.ledger.book import Book, hold_id, leg, line
 
@@ -70,6 +70,18 @@ def test_what_would_end_or_prolong_an_overdue_hold_is_refused_without_a_trace(ov
     assert status(book, hold) == "placed"
     book.do(ResolveHold(hold=hold, account="acme"))
     assert book.amounts("acme", "usd") == ((15, 0) if overdue == "release" else (5, 0))
+
+
+@pytest.mark.parametrize("overdue", POLICIES)
+def test_another_account_finds_an_overdue_hold_expired_swept_or_not(overdue: Overdue) -> None:
+    book, hold = book_with_hold(overdue=overdue)
+    other = PlaceHold(hold=hold, account="acme/ana", legs=(leg("usd", 1),))
+    assert book.ask(other) == HoldExists(hold)
+    book.wait(timedelta(hours=1))
+    assert book.ask(other) == HoldExpired(hold)
+    assert status(book, hold) == "placed"
+    book.do(ResolveHold(hold=hold, account="acme"))
+    assert book.ask(other) == HoldExpired(hold)
 
 
 def test_a_hold_is_open_until_its_deadline_and_not_at_it() -> None:

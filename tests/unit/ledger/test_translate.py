@@ -1,7 +1,9 @@
 """Laws of the boundary: the fast reading of a bundle takes what the contract takes, and names what it does not."""
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
+from hashlib import sha256
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from contracts.money import Amount, Unit
 from contracts.partition import partition_of
 from contracts.streams import charges_rated_subject
 from services.kit.dead_letters import Unreadable
-from services.ledger.domain.commands import ChangePlan, ChargeLine, ClaimPayment, Grant, Units
+from services.ledger.domain.commands import ChangePlan, ChargeLine, ClaimPayment, Grant, ReverseCharge, Units
 from services.ledger.translate import (
     WHEN_RECORDED,
     BadLine,
@@ -20,13 +22,14 @@ from services.ledger.translate import (
     UnreadableBundle,
     body_hash,
     body_problems,
+    read_again,
     read_bundle,
     read_command,
     read_list,
     read_payment_fact,
     read_traceparents,
 )
-from tests.builders import charge_line, charges_rated, grant, hold_leg, open_account, place_hold
+from tests.builders import charge_line, charges_rated, grant, hold_leg, open_account, place_hold, reversal_line
 
 UNITS = Units({"usd": Unit("usd", "money", 9), "tokens": Unit("tokens", "cap", 0)})
 SUBJECT = charges_rated_subject(partition_of("acme"))
@@ -36,6 +39,7 @@ HOLD = f"hold_{partition_of('acme'):02d}_01980000-0000-7000-8000-000000000000"
 # As they were when less could be asked.
 GRANT_HASH = "05c3303330edbb897dd390ea2334aa989fb6c21e25ef0c5b33824417d80f4d67"
 CHARGE_HASH = "749123e43f988b479f877da80bcc43374873737be57b8362656f83b65f7d538c"
+BUNDLE_HASH = "fca51e2e5595f8aaa144b85e0732e88623a6876ff7b162a2783668c82840f67a"
 
 
 def body_of(*lines: dict[str, Any]) -> bytes:
@@ -121,6 +125,100 @@ def test_what_is_no_bundle_is_unreadable(body: bytes) -> None:
 def test_a_bundle_of_another_partition_is_unreadable() -> None:
     with pytest.raises(UnreadableBundle):
         read_bundle(charges_rated_subject(0), body_of(as_json()), UNITS)
+
+
+def with_reversals(*reversals: Any, lines: tuple[dict[str, Any], ...] = ()) -> bytes:
+    bundle = json.loads(charges_rated().model_dump_json())
+    return json.dumps(bundle | {"lines": list(lines), "reversals": list(reversals)}).encode()
+
+
+def reversal_json(**change: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(reversal_line("event-1", usd="2", reason="prices").model_dump_json())
+    return found | change
+
+
+@pytest.mark.parametrize("read_slowly", [False, True])
+def test_a_reversal_of_a_bundle_is_the_command_with_its_correction_and_its_bundle(read_slowly: bool) -> None:
+    lines = ({"x": "\x00"},) if read_slowly else ()
+    (read,) = read_bundle(SUBJECT, with_reversals(reversal_json(), lines=lines), UNITS).reversals
+    asked = words.ReverseCharge(
+        idempotency_key="k",
+        account="acme",
+        source="demo",
+        event_id="event-1",
+        amounts=(Amount(amount="2", unit="usd"),),
+        reason="prices",
+    )
+    command = read_command(asked, UNITS, principal="metering")
+    assert isinstance(command, ReverseCharge)
+    assert read == replace(command, correction="correction-1", bundle=1)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        17,
+        None,
+        [],
+        {},
+        reversal_json(amounts=[]),
+        reversal_json(amounts=[{"unit": "usd", "amount": "0"}]),
+        reversal_json(amounts=[{"unit": "usd", "amount": "-1"}]),
+        reversal_json(amounts=[{"unit": "usd", "amount": 1}]),
+        reversal_json(amounts=[{"unit": "sheep", "amount": "1"}]),
+        reversal_json(amounts=[{"unit": "tokens", "amount": "0.5"}]),
+        reversal_json(amounts=[{"unit": "usd", "amount": "1"}] * 2),
+        reversal_json(amounts=[{"unit": "usd", "amount": "1"}] * 17),
+        reversal_json(account="other"),
+        reversal_json(event_id=""),
+        reversal_json(event_id="nul\x00"),
+        reversal_json(revision=-1),
+        reversal_json(revision=2**31),
+        reversal_json(correction=""),
+        reversal_json(correction="a b"),
+        reversal_json(correction="a\n"),
+        reversal_json(reason=""),
+        reversal_json(reason="nul\x00"),
+        reversal_json(surprise=1),
+    ],
+)
+def test_a_bad_reversal_is_found_as_it_came_and_its_neighbours_are_read(wrong: Any) -> None:
+    body = with_reversals(reversal_json(), wrong, reversal_json(revision=1), lines=(as_json(),))
+    bundle = read_bundle(SUBJECT, body, UNITS)
+    assert [type(each) for each in bundle.reversals] == [ReverseCharge, BadLine, ReverseCharge]
+    assert isinstance(bundle.lines[0], ChargeLine)
+    bad = bundle.reversals[1]
+    assert isinstance(bad, BadLine)
+    assert json.loads(bad.body) == json.loads(bundle.reversal_body(1)) == wrong
+    assert bad.problems
+
+
+@pytest.mark.parametrize(
+    "change", [{"reversals": None}, {"reversals": {}}, {"reversals": [{}] * 1001}, {"lines": [], "reversals": []}]
+)
+def test_what_is_no_list_of_reversals_makes_no_bundle(change: dict[str, Any]) -> None:
+    body = json.loads(charges_rated().model_dump_json()) | change
+    with pytest.raises(UnreadableBundle):
+        read_bundle(SUBJECT, json.dumps(body).encode(), UNITS)
+
+
+def test_a_bundle_without_reversals_is_written_and_hashed_as_before_there_were_any() -> None:
+    body = charges_rated().model_dump_json().encode()
+    assert b"reversals" not in body
+    assert sha256(body).hexdigest() == BUNDLE_HASH
+    bundle = read_bundle(SUBJECT, body, UNITS)
+    assert (bundle.body_hash.hex(), bundle.reversals) == (BUNDLE_HASH, [])
+
+
+def test_a_dead_line_is_asked_for_again_as_what_it_is() -> None:
+    charge = read_again(json.dumps(as_json()).encode(), UNITS, key="k")
+    assert charge == words.Charge(idempotency_key="k", line=charge_line(hold=HOLD))
+    back = read_again(json.dumps(reversal_json()).encode(), UNITS, key="k")
+    assert isinstance(back, words.ReverseCharge)
+    assert (back.correction, back.amounts) == ("correction-1", (Amount(amount="2", unit="usd"),))
+    for body in (b"{", b"[]", b"17", b"\xff", b'{"correction": 1}', json.dumps(reversal_json(amounts=[])).encode()):
+        with pytest.raises(Invalid):
+            read_again(body, UNITS, key="k")
 
 
 def test_all_problems_of_a_command_are_named() -> None:

@@ -86,7 +86,9 @@ Outcome = list[Move] | Refusal
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What is done after a while: commands, each alone, as one list, or as a bundle of lines; or a restart."""
+    """What is done after a while: commands, each alone, as one list, or as a bundle of what is given back, and then of
+    lines; or a restart.
+    """
 
     wait: timedelta = timedelta()
     commands: tuple[Command, ...] = ()
@@ -134,6 +136,8 @@ class World:
 
     def do(self, step: Step) -> list[Outcome]:
         """Do a step, compare what became of it with the model, and check the laws."""
+        if step.way == "bundle" and any(isinstance(command, ReverseCharge) for command in step.commands):
+            return self.do_corrections(step)
         self.script.append(step)
         book = self.book
         book.wait(step.wait)
@@ -168,6 +172,15 @@ class World:
         if len(self.script) % 40 == 0:
             self.check_everything()
         return outcomes
+
+    def do_corrections(self, step: Step) -> list[Outcome]:
+        """What a bundle gives back is done before its lines, as if each were a command."""
+        self.counts["correction"] += 1
+        self.book.wait(step.wait)
+        backs = [each for each in step.commands if isinstance(each, ReverseCharge)]
+        lines = tuple(each for each in step.commands if isinstance(each, ChargeLine))
+        outcomes = [outcome for each in backs for outcome in self.do(Step(commands=(each,)))]
+        return outcomes + (self.do(Step(commands=lines, way="bundle")) if lines else [])
 
     def told_by_the_book(self, commands: Sequence[Command], step: Step) -> list[Outcome]:
         match step.way:
@@ -387,6 +400,8 @@ class World:
                     kind = self.model.kinds[str(lot)]
                     parts[str(account), str(unit), kind if kind in ASIDE else str(lot)] += row[6]
             hold["parts"] = dict(parts)
+            # Not by the names of the model's own, which may be those of other lots later.
+            hold["earmarked"] = {part for part in parts if part[2] not in ASIDE}
 
     # Laws -------------------------------------------------------------------------------------------------------------
 
@@ -977,6 +992,18 @@ class Chances:
             account=account, source=line.source, event_id=line.event_id, amounts=amounts, reason="mistake"
         )
 
+    def given_back(self) -> ReverseCharge:
+        """As a bundle says it: amounts, each above zero."""
+        line = self.chance.choice(self.world.lines[-25:]) if self.world.lines else self.line(self.account())
+        amounts = tuple((unit, self.amount(amount)) for unit, amount in line.amounts if 0 < amount <= AMOUNT_MAX)
+        if self.often(40):
+            amounts = tuple((unit, amount) for unit, amount in line.amounts if 0 < amount <= AMOUNT_MAX)
+        amounts = tuple((unit, amount) for unit, amount in amounts if amount) or (("usd", 1),)
+        account = line.account if self.often(97) else self.account()
+        return ReverseCharge(
+            account=account, source=line.source, event_id=line.event_id, amounts=amounts, reason="mistake"
+        )
+
     def transfer(self) -> Command:
         account, unit = self.money()
         to_account, _ = self.money()
@@ -1043,11 +1070,14 @@ class Chances:
         return Step(commands=tuple(found), way=way, dry_run=self.often(10))
 
     def bundle(self) -> Step:
+        """What is given back comes first, and may be all there is."""
+        backs = [self.given_back() for _ in range(self.chance.choice((0, 0, 1, 3)))]
         lines: list[Command] = []
-        for _ in range(self.chance.choice((1, 2, 3, 5))):
-            name = self.chance.choice(("charge", "charge", "settle", "late_charge"))
-            lines.append(replace(getattr(self, name)(), required=False))
-        return Step(commands=tuple(lines), way="bundle")
+        for _ in range(self.chance.choice((0, 1, 2, 3, 5) if backs else (1, 2, 3, 5))):
+            made = getattr(self, self.chance.choice(("charge", "charge", "settle", "late_charge")))()
+            # A debit has no time of its own, so no line repeats it.
+            lines.append(self.line(self.account()) if made.required else made)
+        return Step(commands=(*backs, *lines), way="bundle")
 
     def restart(self) -> Step:
         return Step(way="restart")
