@@ -82,7 +82,11 @@ async def _run(arguments: argparse.Namespace) -> None:
     made = bundles(arguments.name, lines=arguments.lines, accounts=arguments.accounts, seed=arguments.seed, after=after)
     client = await connect(os.environ[URL_VARIABLE], os.environ[PASSWORD_VARIABLE], user="metering")
     begin, cpu_begin = time.monotonic(), time.process_time()
+    published = 0
     for start in range(0, len(made), BUNDLES_PER_PUBLISH):
+        if arguments.rate and (wait := begin + published / arguments.rate - time.monotonic()) > 0:
+            await asyncio.sleep(wait)
+        published += BUNDLES_PER_PUBLISH * LINES
         batch = made[start : start + BUNDLES_PER_PUBLISH]
         await publish_batch(client, stream=CHARGES, messages=batch, timeout_seconds=30)
     report = {"begin": begin, "end": time.monotonic(), "cpu_seconds": time.process_time() - cpu_begin}
@@ -97,6 +101,7 @@ def main() -> None:
     parser.add_argument("--lines", type=int, required=True)
     parser.add_argument("--accounts", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--rate", type=float, default=0.0, help="lines a second; 0: as fast as can be")
     parser.add_argument("--after", required=True, help="JSON: the number of each partition's last bundle")
     asyncio.run(_run(parser.parse_args()))
 

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,11 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import bundles, cpu, funding, per_event
-from bench.measured import Measured, facts
+from bench.measured import POLL_SECONDS, Measured, facts
 from bench.per_event import Rate
 from bench.publisher import account
 from infra.demo.publish import PASSWORD_VARIABLE, URL_VARIABLE
 from infra.demo.scratch_stack import REPOSITORY, ScratchStack
+from infra.services import LEDGER_READER
+from infra.supervisor import READY_SECONDS_MAX, ServiceProcess, unready
 
 ACCOUNTS: Final = 10_000
 RIVAL_EVENTS: Final = 5_000
@@ -93,24 +96,45 @@ class LedgerBench(Measured):
         report: dict[str, Any] = json.loads(callers.communicate(timeout=300)[0])
         return report
 
-    def read(self, *, rate: int, seconds: int) -> dict[str, Any]:
-        """Ask for balances over HTTP at a rate; the report of those who ask."""
+    @contextmanager
+    def reader(self) -> Iterator[int]:
+        """A ledger that owns no partitions runs beside the owner, and answers; its process id."""
+        log_file = self.scratch.layout.logs / f"{LEDGER_READER.name}.log"
+        process = ServiceProcess(
+            LEDGER_READER, environment=self.stack.service_environment(LEDGER_READER), log_file=log_file
+        )
+        process.start()
+        try:
+            deadline = time.monotonic() + READY_SECONDS_MAX
+            while (why := unready(self.stack.service_url(LEDGER_READER.name))) is not None:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"the reading ledger is not ready: {why}")
+                time.sleep(POLL_SECONDS)
+            assert process.process is not None
+            yield process.process.pid
+        finally:
+            process.stop()
+
+    def read(self, *, of: str, rate: int, seconds: int) -> dict[str, Any]:
+        """Ask a service for balances over HTTP at a rate; the report of those who ask."""
         readers = self._spawn(
             "bench.readers",
             "ledger",
-            *("--url", self.scratch.url("ledger"), "--token", self.stack.credentials.tokens["operator"]),
+            *("--url", self.stack.service_url(of), "--token", self.stack.credentials.tokens["operator"]),
             *("--rate", str(rate), "--seconds", str(seconds), "--accounts", str(ACCOUNTS)),
         )
         report: dict[str, Any] = json.loads(readers.communicate(timeout=seconds + 120)[0])
         return report
 
-    def start_charging(self, name: str, *, lines: int, accounts: int, seed: int) -> "subprocess.Popen[str]":
-        """Charge in the background."""
+    def start_charging(
+        self, name: str, *, lines: int, accounts: int, seed: int, rate: float = 0.0
+    ) -> "subprocess.Popen[str]":
+        """Charge in the background, as fast as can be or at a rate."""
         return self._spawn(
             "bench.bundles",
             "metering",
             *("--name", name, "--lines", str(lines), "--accounts", str(accounts), "--seed", str(seed)),
-            *("--after", json.dumps(self._charges_numbers())),
+            *("--rate", str(rate), "--after", json.dumps(self._charges_numbers())),
         )
 
     def journal_entries(self) -> int:
@@ -205,26 +229,65 @@ def holds(bench: LedgerBench, *, seconds: int, rounds: int) -> None:
 
 
 def reads(bench: LedgerBench, *, lines: int, seconds: int) -> None:
-    """Balances over HTTP at 500 a second while charges run; again with a journal ten times as long."""
-    table = Table(title="balance over HTTP at 500/s while charges run")
-    for column in ("entries in the journal", "answered/s", "p50 ms", "p99 ms"):
-        table.add_column(column, justify="right")
-    for name, more in (("short", lines), ("long", 10 * lines)):
-        if more > lines:
-            bench.charge("lengthening", lines=more, accounts=ACCOUNTS, seed=77)
-        taken = bench.lines_taken()
-        charging = bench.start_charging(f"reads-{name}", lines=lines, accounts=ACCOUNTS, seed=78)
-        report = bench.read(rate=500, seconds=seconds)
+    """Balances over HTTP at 500 a second, of a ledger that only answers and of the owner, while charges run at full
+    speed, at half of it, and not at all; again with a journal ten times as long."""
+    table = Table(title="balance over HTTP at 500/s")
+    for column in (
+        *("entries in the journal", "asked of", "charges/s meanwhile", "answered/s", "p50 ms", "p99 ms"),
+        *("CPU µs per answer", "cores busy"),
+    ):
+        table.add_column(column, justify="left" if column == "asked of" else "right")
+    with bench.reader() as reader:
+        asked = {LEDGER_READER.name: reader, "ledger": bench.scratch.run.processes["ledger"]}
+        for length in ("short", "long"):
+            if length == "long":
+                bench.charge("lengthening", lines=10 * lines, accounts=ACCOUNTS, seed=77)
+            highest = bench.charge(f"highest-{length}", lines=lines, accounts=ACCOUNTS, seed=78).rate
+            for of, pid in asked.items():
+                for share in (0.0, 0.5, 1.0):
+                    used = cpu.cpu_seconds(pid)
+                    report = _read_while_charging(
+                        bench, f"{length}-{of}-{share}", of=of, rate=share * highest, full=share == 1.0, seconds=seconds
+                    )
+                    used = cpu.cpu_seconds(pid) - used
+                    row = (
+                        f"{bench.journal_entries():,}",
+                        of,
+                        f"{report['charged']:,.0f}",
+                        f"{report['answered'] / report['seconds']:,.0f}",
+                        f"{report['p50']:.1f}",
+                        f"{report['p99']:.1f}",
+                        # The owner charges as well.
+                        f"{used / report['answered'] * 1e6:,.0f}" if pid == reader else "",
+                        f"{report['busy']:.0%}",
+                    )
+                    bench.console.print(", ".join(row), highlight=False)
+                    table.add_row(*row)
+    bench.console.print(table)
+
+
+def _read_while_charging(
+    bench: LedgerBench, name: str, *, of: str, rate: float, full: bool, seconds: int
+) -> dict[str, Any]:
+    """What readers report, with charges running from before their first question until after the last."""
+    taken = bench.lines_taken()
+    # It takes a second to start, and reading slows what it is measured beside.
+    lines = int(rate * (seconds + 5))
+    charging = None
+    if lines:
+        charging = bench.start_charging(
+            f"reads-{name}", lines=lines, accounts=ACCOUNTS, seed=79, rate=0.0 if full else rate
+        )
+        bench.wait_for(bench.lines_taken, taken + 1, "charged lines", charging)
+    begin, before, machine = time.monotonic(), bench.lines_taken(), cpu.machine()
+    report = bench.read(of=of, rate=500, seconds=seconds)
+    charged = (bench.lines_taken() - before) / (time.monotonic() - begin)
+    report |= {"charged": charged, "busy": cpu.busy(machine, cpu.machine())}
+    if charging is not None:
         charging.communicate(timeout=300)
         # The next load numbers its bundles after these.
         bench.wait_for(bench.lines_taken, taken + lines, "charged lines")
-        table.add_row(
-            f"{bench.journal_entries():,}",
-            f"{report['answered'] / report['seconds']:,.0f}",
-            f"{report['p50']:.1f}",
-            f"{report['p99']:.1f}",
-        )
-    bench.console.print(table)
+    return report
 
 
 def rebuild(bench: LedgerBench, *, lines: int) -> None:

@@ -19,6 +19,9 @@ STRIPE_KEY_VARIABLE: Final = "SCRIP_STRIPE_API_KEY"
 # A private key in PEM form, instead of the file that is made at the first start.
 SIGNING_KEY_VARIABLE: Final = "SCRIP_LEDGER_SIGNING_KEY"
 
+# Set to 1, another ledger runs beside the one that owns the partitions, and only answers.
+LEDGER_READER_VARIABLE: Final = "SCRIP_LEDGER_READER"
+
 USAGE_AGE_VARIABLE: Final = "SCRIP_METERING_AGE_DAYS_MAX"
 
 OPENAI_URL: Final = "https://api.openai.com/v1"
@@ -45,9 +48,10 @@ class Surroundings:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A process of ours: `python -m <module>`. Its name is also its port's, its NATS user's and its schema's.
+    """A process of ours: `python -m <module>`. Its name is also its port's, and that of its NATS user and schema.
 
-    `told`: the variables that only it is told, beyond those of every service.
+    `beside`: the service whose NATS user and schema it shares. `told`: the variables that only it is told, beyond those
+    of every service.
     """
 
     name: str
@@ -55,13 +59,24 @@ class Service:
     has_schema: bool = True
     has_nats: bool = True
     credentials: str = "bearer token: tokens.<principal>"
+    beside: str | None = None
     told: Callable[[Surroundings], dict[str, str]] = lambda _: {}
+
+    @property
+    def role(self) -> str:
+        """Its NATS user, and its role and schema in Postgres."""
+        return self.beside or self.name
 
 
 def simulators() -> tuple[Service, ...]:
     """Who stands in: a simulator for each real key that is not set."""
     wanted = ((OPENAI_KEY_VARIABLE, PROVIDER), (STRIPE_KEY_VARIABLE, STRIPE))
     return tuple(simulator for variable, simulator in wanted if not os.environ.get(variable))
+
+
+def chosen_services() -> tuple[Service, ...]:
+    """Ours, in the order in which they are started."""
+    return (*SERVICES, LEDGER_READER) if os.environ.get(LEDGER_READER_VARIABLE) == "1" else SERVICES
 
 
 def openai_key() -> str:
@@ -82,6 +97,10 @@ def _gateway(around: Surroundings) -> dict[str, str]:
 def _ledger(around: Surroundings) -> dict[str, str]:
     # A key in the environment is inherited, and is used instead.
     return {"SCRIP_LEDGER_SIGNING_KEY_FILE": str(around.layout.ledger_signing_key_file)}
+
+
+def _ledger_reader(_: Surroundings) -> dict[str, str]:
+    return {"SCRIP_LEDGER_OWNS": "false"}
 
 
 def _metering(_: Surroundings) -> dict[str, str]:
@@ -157,3 +176,5 @@ SERVICES: Final = (
         told=_gateway,
     ),
 )
+
+LEDGER_READER: Final = Service(name="ledger_reader", module="services.ledger.app", beside="ledger", told=_ledger_reader)

@@ -29,6 +29,7 @@ PORTS: Final[Mapping[str, int]] = {
     "console": 8085,
     "provider": 8086,
     "stripe": 8087,
+    "ledger_reader": 8088,
     "nats": 8090,
     "nats_monitor": 8091,
     "postgres": 8092,

@@ -40,6 +40,7 @@ from infra.services import (
     STRIPE_KEY_VARIABLE,
     Service,
     Surroundings,
+    chosen_services,
     openai_key,
     simulators,
 )
@@ -61,6 +62,8 @@ READY_SECONDS_MAX: Final = 60.0
 SERVICE_STOP_SECONDS_MAX: Final = 15.0
 DEATHS_MAX: Final = 5
 DEATHS_WITHIN_SECONDS: Final = 60.0
+# For tests that kill on purpose: a shorter memory of deaths.
+DEATHS_WITHIN_VARIABLE: Final = "SCRIP_DEATHS_WITHIN_SECONDS"
 RESTART_SECONDS_FIRST: Final = 0.2
 RESTART_SECONDS_MAX: Final = 10.0
 LOG_BYTES_MAX: Final = 8 << 20
@@ -172,16 +175,16 @@ class Stack:
         told = self.child_environment()
         if service.has_nats:
             told |= {
-                "SCRIP_SERVICE": service.name,
+                "SCRIP_SERVICE": service.role,
                 "SCRIP_NATS_URL": self.nats_url,
-                "SCRIP_NATS_USER": service.name,
-                "SCRIP_NATS_PASSWORD": self.credentials.nats[service.name],
+                "SCRIP_NATS_USER": service.role,
+                "SCRIP_NATS_PASSWORD": self.credentials.nats[service.role],
                 "SCRIP_HTTP_PORT": str(self.ports[service.name]),
                 "SCRIP_TOKENS_FILE": str(self.layout.tokens_file),
                 "SCRIP_CATALOGUE_FILE": str(CATALOGUE_FILE),
             }
         if service.has_schema:
-            told["SCRIP_DATABASE_URL"] = self.database_url(service.name).get_secret_value()
+            told["SCRIP_DATABASE_URL"] = self.database_url(service.role).get_secret_value()
         return told | service.told(Surroundings(self.layout, self.ports, self.credentials))
 
     def child_environment(self) -> dict[str, str]:
@@ -194,7 +197,7 @@ class Stack:
         try:
             bootstrap(self.database_url(SUPERUSER), database=DATABASE, passwords=passwords)
             for service in self.services:
-                if service.has_schema:
+                if service.has_schema and service.beside is None:
                     migrate(service=service.name, owner_url=self.database_url(_owner(service)))
         except (psycopg.Error, DBAPIError) as error:
             why = str(error).strip().splitlines()[0]
@@ -226,6 +229,7 @@ class Supervisor:
         self._stack = stack
         self._console = console
         self._kept: list[_Kept] = []
+        self._deaths_within_seconds = _deaths_within_seconds()
         self._interrupted = False
 
     def run(self, *, demo_module: str | None, stay: bool) -> int:
@@ -359,11 +363,11 @@ class Supervisor:
     def _bury(self, kept: _Kept, now: float, how: str) -> None:
         title = kept.managed.title
         kept.deaths.append(now)
-        while kept.deaths[0] < now - DEATHS_WITHIN_SECONDS:
+        while kept.deaths[0] < now - self._deaths_within_seconds:
             kept.deaths.popleft()
         if len(kept.deaths) >= DEATHS_MAX:
             raise ChildrenKeepDying(
-                f"{title} {how}, for the {len(kept.deaths)}th time within {DEATHS_WITHIN_SECONDS:.0f} seconds, "
+                f"{title} {how}, for the {len(kept.deaths)}th time within {self._deaths_within_seconds:g} seconds, "
                 f"so everything was stopped: see {kept.managed.log_file}, which ends with\n"
                 + last_lines(kept.managed.log_file)
             )
@@ -434,7 +438,7 @@ def up(*, demo_module: str | None, stay: bool, console: Console, services: tuple
     `services`: all of ours and the simulators that are needed, unless others are named.
     """
     if services is None:
-        services = (*simulators(), *SERVICES)
+        services = (*simulators(), *chosen_services())
     layout = state.locate()
     state.prepare(layout)
     with state.locked(layout):
@@ -470,6 +474,13 @@ def last_lines(log_file: Path, *, count: int = LOG_LINES_SHOWN) -> str:
     return "\n".join(lines[-count:]) or "(nothing)"
 
 
+def _deaths_within_seconds() -> float:
+    text = os.environ.get(DEATHS_WITHIN_VARIABLE) or f"{DEATHS_WITHIN_SECONDS:g}"
+    if not text.isdecimal() or int(text) == 0:
+        raise StackError(f"{DEATHS_WITHIN_VARIABLE} must be a number of seconds, not {text!r}.")
+    return float(text)
+
+
 def _check_catalogue() -> None:
     """Every service would refuse to start on a catalogue that cannot be used: say so once, beforehand."""
     try:
@@ -479,8 +490,13 @@ def _check_catalogue() -> None:
 
 
 def _roles(services: Iterable[Service]) -> list[str]:
-    return [role for service in services if service.has_schema for role in (service.name, _owner(service))]
+    return [
+        role
+        for service in services
+        if service.has_schema and service.beside is None
+        for role in (service.role, _owner(service))
+    ]
 
 
 def _owner(service: Service) -> str:
-    return f"{service.name}_owner"
+    return f"{service.role}_owner"

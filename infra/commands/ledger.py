@@ -25,7 +25,7 @@ Key = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    reading = (balance, statement, transaction, charge, holds, totals, tree, export)
+    reading = (balance, statement, transaction, charge, holds, totals, tree, limits, export)
     for command in (account, grant, *reading):
         app.command()(command)
 
@@ -221,6 +221,27 @@ def tree(
     for account in page["accounts"]:
         for wallet in account["wallets"] or [dict.fromkeys(names, "")]:
             table.add_row(account["account"], *(wallet[name] for name in names))
+    console = Console()
+    console.print(table)
+    if page["next_after"]:
+        console.print(f"more: --after {page['next_after']}", markup=False, highlight=False, soft_wrap=True)
+
+
+def limits(
+    root: Annotated[str | None, typer.Argument(help="The account at the top; without one, all.")] = None,
+    *,
+    share: Annotated[str, typer.Option(help="At least this share is used: 0.8 is four fifths.")] = "0.8",
+    unit: Annotated[str | None, typer.Option(help="Only caps of this unit.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=200, help="How many accounts.")] = 100,
+    after: Annotated[str | None, typer.Option(help="The account that the page before ended with.")] = None,
+) -> None:
+    """Show caps of which at least a share is used in the period that is running."""
+    query = {"share": share, "limit": str(limit), **_given(root=root, unit=unit, after=after)}
+    page = ServiceApi.running("ledger").get("/v1/limits", query)
+    names = ("account", "unit", "policy", "limit", "used", "share", "held", "available", "overage", "renews_at")
+    table = Table(*names)
+    for each in page["limits"]:
+        table.add_row(*(each[name] or "" for name in names))
     console = Console()
     console.print(table)
     if page["next_after"]:

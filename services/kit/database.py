@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import select
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -120,10 +121,20 @@ async def open_pool(url: SecretStr, *, name: str, connections_max: int = 4) -> P
         name=name,
         open=False,
         reconnect_timeout=60.0,
-        check=AsyncConnectionPool.check_connection,
+        check=_check_idle,
     )
     await connections.open(wait=False)
     return connections
+
+
+async def _check_idle(connection: AsyncConnection[TupleRow]) -> None:
+    """Raises if a connection is of no use any more. One that the server has closed has something to be read: only then
+    it is asked, which takes a round trip.
+    """
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLIN)
+    if poll.poll(0):
+        await AsyncConnectionPool.check_connection(connection)
 
 
 def database_check(connections: Pool) -> Callable[[], Awaitable[None]]:

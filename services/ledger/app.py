@@ -9,6 +9,7 @@ from typing import Final
 
 from fastapi import FastAPI
 from faststream.nats import NatsBroker
+from nats.aio.client import Client
 from nats.errors import Error as NatsError
 
 from contracts.streams import CHARGES, CONSUMERS, LEDGER
@@ -50,10 +51,28 @@ def build(settings: LedgerSettings) -> FastAPI:
 
 
 @asynccontextmanager
-async def _running(  # noqa: PLR0915 - what is constructed, one after the other
-    settings: LedgerSettings, readiness: Readiness
-) -> AsyncIterator[Backend]:
+async def _running(settings: LedgerSettings, readiness: Readiness) -> AsyncIterator[Backend]:
     units = Units.of(load_catalogue(settings.catalogue_file).units)
+    async with AsyncExitStack() as stack:
+        pool = await open_pool(
+            url_with_options(settings.database_url, statement_timeout=READ_TIMEOUT), name=f"{SERVICE}-pool"
+        )
+        stack.push_async_callback(pool.close)
+        client = await connect_nats(settings)
+        stack.push_async_callback(client.close)
+        readiness.add("nats", nats_check(client))
+        readiness.add("database", database_check(pool))
+        owners = Owners(client)
+        if settings.ledger_owns:
+            await stack.enter_async_context(_owning(settings, client=client, pool=pool, units=units, owners=owners))
+        yield Backend(owners=owners, pool=pool, units=units)
+
+
+@asynccontextmanager
+async def _owning(
+    settings: LedgerSettings, *, client: Client, pool: Pool, units: Units, owners: Owners
+) -> AsyncIterator[None]:
+    """Own partitions: decide their commands and charges, tell what became of them, do what is due."""
     async with AsyncExitStack() as stack:
 
         def writer(name: str) -> Writer:
@@ -64,16 +83,8 @@ async def _running(  # noqa: PLR0915 - what is constructed, one after the other
             stack.push_async_callback(made.close)
             return made
 
-        pool = await open_pool(
-            url_with_options(settings.database_url, statement_timeout=READ_TIMEOUT), name=f"{SERVICE}-pool"
-        )
-        stack.push_async_callback(pool.close)
         broker = _broker(settings, pool)
         stack.push_async_callback(disconnect, broker, await broker.connect())
-        client = await connect_nats(settings)
-        stack.push_async_callback(client.close)
-        readiness.add("nats", nats_check(client))
-        readiness.add("database", database_check(pool))
 
         relay = Relay(client=client, stream=LEDGER, pool=pool, keep_seconds=settings.outbox_keep_seconds)
 
@@ -120,7 +131,6 @@ async def _running(  # noqa: PLR0915 - what is constructed, one after the other
             on_acquired=acquired,
             on_lost=lost,
         )
-        owners = Owners(client)
         subscribe_payments(broker, settings, owners=owners)
         trimmer = Trimmer(client, service=SERVICE)
         sweeper = Sweeper(
@@ -145,7 +155,7 @@ async def _running(  # noqa: PLR0915 - what is constructed, one after the other
         }
         await broker.start()
         try:
-            yield Backend(owners=owners, pool=pool, units=units)
+            yield
         finally:
             # From the outside inwards: no more work, then the work in hand, then what it has to say.
             await _no_more_payments(broker)

@@ -16,6 +16,8 @@ class LedgerSettings(ServiceSettings):
     """
 
     service: str = "ledger"
+    # A process that owns no partitions only answers: it reads from the database, and hands commands to the owners.
+    ledger_owns: bool = True
     # Commands and charge lines that are decided at once, and that may wait to be: more are refused as busy.
     batch_cost_max: Annotated[int, Field(gt=0)] = 4_000
     queue_cost_max: Annotated[int, Field(gt=0)] = 20_000

@@ -9,6 +9,7 @@ from contracts.money import format_amount
 from contracts.partition import partition_of
 from services.ledger.domain.commands import Units
 from services.ledger.domain.concerned import AHEAD_MAX
+from services.ledger.domain.entries import ASIDE_KINDS
 from services.ledger.queries.past import find_past, past_holds, past_lots, past_wallet
 from services.ledger.queries.present import present
 from services.ledger.queries.selection import OF_ACCOUNT, SUM_OF_POSTED, Connection
@@ -98,7 +99,8 @@ async def read_posted_at(
     posted = {unit: wallet.posted for unit, wallet in sorted(found.wallets.items())}
     _, due = draft.finish()
     for entry in (recorded.entry for recorded in due):
-        if entry.account == account and entry.unit is not None and entry.occurred_at > world_at:
+        aside = entry.lot_kind in ASIDE_KINDS
+        if entry.account == account and entry.unit is not None and not aside and entry.occurred_at > world_at:
             posted[entry.unit] -= entry.posted
     # Nothing is recorded that is said to occur later than this.
     cursor = await connection.execute(

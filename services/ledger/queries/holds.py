@@ -1,4 +1,7 @@
-"""Holds, open and ended: what was set aside, on which wallets, and what of it still is."""
+"""Holds, open and ended: what was set aside, on which wallets, and what of it still is.
+
+At its deadline a hold ends as it says itself, whether that is recorded yet or not.
+"""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -11,8 +14,11 @@ from pydantic import BaseModel
 from contracts.ids import partition_of_id
 from contracts.money import Unit, format_amount
 from contracts.partition import partition_of
+from services.ledger.domain.commands import Units
 from services.ledger.domain.entries import HeldLeg
+from services.ledger.domain.state import Hold
 from services.ledger.queries.charges import UseView, use_view
+from services.ledger.queries.present import PRESENT_TIME, present
 from services.ledger.queries.selection import UUID_LENGTH, Connection, bounds_below, is_open
 from services.ledger.translate import full_id
 
@@ -39,7 +45,7 @@ class HeldView(BaseModel):
 
 
 class HoldView(BaseModel):
-    """A hold. One that ended before it was placed has neither legs nor a deadline."""
+    """A hold. One that ended before it was placed has neither legs nor a deadline. By itself it ends then."""
 
     hold: str
     account: str
@@ -54,14 +60,15 @@ class HoldView(BaseModel):
 
 
 async def read_open_holds(
-    connection: Connection, account: str, *, after: str | None, limit: int, units: Mapping[str, Unit]
+    connection: Connection, account: str, *, after: str | None, limit: int, units: Units, now: datetime
 ) -> list[HoldView] | None:
-    """Open holds of an account and of all below it, oldest first, or None if it is not open."""
+    """Holds of an account and of all below it that are open at `now`, oldest first, or None if it is not open."""
     partition = partition_of(account)
     cursor = await connection.execute(
         f"""
         SELECT {_HOLD_COLUMNS} FROM holds
         WHERE partition = %(partition)s AND status = 'placed' AND hold_id > %(after)s::uuid
+          AND expires_at > (SELECT {PRESENT_TIME} FROM heads h WHERE h.partition = %(partition)s)
           AND (account = %(account)s COLLATE "C"
                OR (account > %(below)s COLLATE "C" AND account < %(beside)s COLLATE "C"))
         ORDER BY hold_id LIMIT %(limit)s
@@ -72,25 +79,49 @@ async def read_open_holds(
             **bounds_below(account),
             "after": _NO_UUID if after is None else after[-UUID_LENGTH:],
             "limit": limit,
+            "now": now,
         },
     )
     rows = await cursor.fetchall()
     if not rows:
         return [] if await is_open(connection, account) else None
-    return await _hold_views(connection, partition, rows, units)
+    return await _hold_views(connection, partition, rows, units.by_name)
 
 
-async def read_hold(connection: Connection, hold: str, *, units: Mapping[str, Unit]) -> HoldView | None:
-    """A hold, open or ended, or None if it is not known."""
+async def read_hold(connection: Connection, hold: str, *, units: Units, now: datetime) -> HoldView | None:
+    """A hold, open or ended at `now`, or None if it is not known."""
     partition = partition_of_id(hold)
     cursor = await connection.execute(
         f"SELECT {_HOLD_COLUMNS} FROM holds WHERE partition = %s AND hold_id = %s::uuid",
         [partition, hold[-UUID_LENGTH:]],
     )
-    views = await _hold_views(connection, partition, await cursor.fetchall(), units)
-    return views[0] if views else None
+    views = await _hold_views(connection, partition, await cursor.fetchall(), units.by_name)
+    if not views:
+        return None
+    (view,) = views
+    if view.status == "placed":
+        state, _ = await present(
+            connection, partition, [view.account], units=units, now=now, holds=[hold[-UUID_LENGTH:]]
+        )
+        if (ended := state.holds.get(hold[-UUID_LENGTH:])) is not None:
+            _end(view, ended, units.by_name)
+    return view
 
 
+def _end(view: HoldView, ended: Hold, units: Mapping[str, Unit]) -> None:
+    """Tell of a hold that is past its deadline what will be recorded."""
+    view.status, view.ended_at = ended.status, ended.expires_at
+    for each in view.wallets:
+        of_wallet = [
+            earmark
+            for earmark in ended.earmarks.values()
+            if (earmark.account, earmark.unit) == (each.account, each.unit)
+        ]
+        each.held = format_amount(sum(earmark.held for earmark in of_wallet), units[each.unit])
+        each.estimated = format_amount(sum(earmark.estimated for earmark in of_wallet), units[each.unit])
+
+
+_ENDED_BY_ITSELF: Final = frozenset({"expired", "estimated"})
 _NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
 _HOLD_COLUMNS: Final = "hold_id::text, account, status, overdue, scope, recorded_at, expires_at, ended_at, legs"
 
@@ -120,7 +151,8 @@ async def _hold_views(
             scope=None if scope is None else use_view(scope),
             recorded_at=recorded_at,
             expires_at=expires_at,
-            ended_at=ended_at,
+            # It is effective at its deadline, and recorded later.
+            ended_at=expires_at if status in _ENDED_BY_ITSELF else ended_at,
             legs=[_leg_view(leg, units[leg.unit]) for leg in _decode_legs(legs)],
             wallets=wallets.get(hold, []),
         )

@@ -1,5 +1,6 @@
 """Which rows a question is about: those of an account, and those of the accounts below it."""
 
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Final
 
@@ -29,6 +30,11 @@ AND left(account, 1) <> '@' AND unit IS NOT NULL"""
 def bounds_below(account: str) -> dict[str, str]:
     """Between which two texts the accounts below one are, byte for byte: "0" is the character after "/"."""
     return {"below": f"{account}/", "beside": f"{account}0"}
+
+
+def text_array(texts: Iterable[str]) -> str:
+    """An array of texts as Postgres reads it. Made here in a fraction of the time that its adapter takes."""
+    return "{" + ",".join('"' + text.replace("\\", r"\\").replace('"', r"\"") + '"' for text in texts) + "}"
 
 
 async def is_open(connection: Connection, account: str) -> bool:

@@ -21,7 +21,8 @@ def routers(backend: Callable[[], Backend]) -> Sequence[APIRouter]:
         await redrive(backend(), letter)
 
     return (
-        commands_router(backend),
+        # The balance first of all: it is asked for most.
         reading_router(backend),
+        commands_router(backend),
         dead_letters_router(connect=lambda: connected(backend()), redrive=redriven, authorize=require("operate")),
     )

@@ -1,4 +1,4 @@
-"""What the routes work on, and how they read: on a connection, or as of one moment."""
+"""What the routes work on, how they read (on a connection, or as of one moment), and what they say of an account."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,6 +10,7 @@ from psycopg.errors import QueryCanceled
 from psycopg.rows import TupleRow
 from psycopg_pool import PoolTimeout
 
+from contracts.accounts import check_account
 from services.kit.database import Pool
 from services.kit.problems import Problem
 from services.ledger.domain.commands import Units
@@ -52,3 +53,16 @@ async def snapshot(backend: Backend) -> AsyncIterator[AsyncConnection[TupleRow]]
             await connection.rollback()
             raise
         await connection.commit()
+
+
+def check(account: str) -> None:
+    """Problem 422 unless it can be an account's id."""
+    try:
+        check_account(account)
+    except ValueError as error:
+        raise Problem(422, "invalid_account", str(error)) from error
+
+
+def not_open(account: str) -> Problem:
+    """Nobody opened the account."""
+    return Problem(404, "account_not_open", f"the account {account} is not open")

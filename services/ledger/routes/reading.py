@@ -4,7 +4,7 @@ import asyncio
 import base64
 import binascii
 from collections.abc import AsyncIterator, Callable, Mapping
-from datetime import UTC
+from decimal import Decimal
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -12,7 +12,6 @@ from fastapi import APIRouter, Depends, Header, Path, Query, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
-from contracts.accounts import check_account
 from contracts.ids import HoldId, TransactionId
 from contracts.times import Time
 from services.kit.auth import require
@@ -20,14 +19,16 @@ from services.kit.clock import now
 from services.kit.problems import Problem
 from services.ledger.domain.entries import Kind as EntryKind
 from services.ledger.queries.accounts import AccountView, TreeAccountView, read_accounts, read_tree
-from services.ledger.queries.balances import BalanceView, PostedView, read_balance, read_balance_as_of, read_posted_at
 from services.ledger.queries.charges import ChargeView, read_charge
-from services.ledger.queries.exports import FORMATS, Format, exported_accounts, exported_pages
+from services.ledger.queries.exports import FORMATS, exported_accounts, exported_pages
 from services.ledger.queries.holds import HoldView, read_hold, read_open_holds
+from services.ledger.queries.limits import LimitQuestion, LimitView, read_limits
 from services.ledger.queries.statements import StatementEntry, StatementFilter, StatementPlace, read_statement
 from services.ledger.queries.totals import AccountTotals, Totals, read_account_totals, read_totals
 from services.ledger.queries.transactions import TransactionView, read_transaction
-from services.ledger.routes.backend import Backend, connected, snapshot
+from services.ledger.routes.backend import Backend, check, connected, not_open, snapshot
+from services.ledger.routes.balance import balance_router
+from services.ledger.routes.formats import export_format
 
 PAGE_SIZE_MAX: Final = 500
 TREE_PAGE_SIZE_MAX: Final = 200
@@ -47,6 +48,16 @@ class TreePage(BaseModel):
 
     root: str
     accounts: list[TreeAccountView]
+    next_after: str | None
+
+
+class LimitPage(BaseModel):
+    """Caps in the order of their accounts. `next_after` asks for the next page; null on the last.
+
+    A page may have fewer caps than there is room for, even none, and still not be the last.
+    """
+
+    limits: list[LimitView]
     next_after: str | None
 
 
@@ -78,12 +89,13 @@ class AccountTotalsView(BaseModel):
 _Limit = Annotated[int, Query(ge=1, le=PAGE_SIZE_MAX)]
 _TreeLimit = Annotated[int, Query(ge=1, le=TREE_PAGE_SIZE_MAX)]
 _Prefix = Annotated[str, Query(max_length=400, pattern=r"^[^\x00]*$")]
+_Share = Annotated[Decimal, Query(ge=0, le=1000, max_digits=10, decimal_places=6, description="0.8: four fifths.")]
 _Text = Annotated[str, Query(max_length=256, pattern=r"^[^\x00]*$")]
 _PathText = Annotated[str, Path(max_length=256, pattern=r"^[^\x00]*$")]
 _Cursor = Annotated[str, Query(max_length=4096)]
 _Format = Annotated[
     str | None,
-    Query(alias="format", description="Default: what Accept names.", json_schema_extra={"enum": [*FORMATS]}),
+    Query(alias="format", description="Default: what Accept likes best.", json_schema_extra={"enum": [*FORMATS]}),
 ]
 _Below = Annotated[bool, Query(description="With all accounts below it.")]
 
@@ -121,9 +133,12 @@ _PROBLEM: Final[Mapping[str, Any]] = {
 
 def reading_router(backend: Callable[[], Backend]) -> APIRouter:
     """What can be read. An account's id is written into a path as it is, but for each `%`, which is `%25`."""
-    router = APIRouter(tags=["reading"], dependencies=[Depends(require("ledger:read"))])
-    for add in (_account_routes, _statement_routes, _charge_routes, _hold_routes, _total_routes, _export_routes):
-        add(router, backend)
+    router = balance_router(backend, answers=_answers())
+    others = APIRouter(tags=["reading"], dependencies=[Depends(require("ledger:read"))])
+    routes = (_account_routes, _limit_routes, _statement_routes, _charge_routes, _hold_routes, _total_routes)
+    for add in (*routes, _export_routes):
+        add(others, backend)
+    router.include_router(others)
     return router
 
 
@@ -139,45 +154,36 @@ def _account_routes(router: APIRouter, backend: Callable[[], Backend]) -> None:
     @router.get("/v1/trees/{root}", responses=_answers())
     async def tree(root: str, limit: _TreeLimit = 100, after: _Prefix = "") -> TreePage:
         """The accounts of a tree with their wallets, exact at the time of reading."""
-        _check(root)
+        check(root)
         async with snapshot(backend()) as connection:
             found = await read_tree(connection, root, after=after, limit=limit + 1, units=backend().units, now=now())
         if found is None:
-            raise _not_open(root)
+            raise not_open(root)
         page = found[:limit]
         return TreePage(root=root, accounts=page, next_after=page[-1].account if len(found) > limit else None)
 
-    @router.get("/v1/balances/{account:path}", response_model=BalanceView | PostedView, responses=_answers())
-    async def balance(account: str, as_of: Time | None = None, world_at: Time | None = None) -> Response:
-        """What an account's own wallets hold, lot by lot, exact at the time of reading.
 
-        `as_of`: as it was recorded at a time, with lots and holds. `world_at`: what had been posted by what had
-        occurred at a time, whenever it was recorded.
+def _limit_routes(router: APIRouter, backend: Callable[[], Backend]) -> None:
+    @router.get("/v1/limits", responses=_answers(unknown=False))
+    async def limits(
+        share: _Share = Decimal("0.8"),
+        unit: str | None = None,
+        root: str | None = None,
+        limit: _TreeLimit = 100,
+        after: _Prefix = "",
+    ) -> LimitPage:
+        """Caps of which at least a share is used in the period that is running, exact at the time of reading: of all
+        accounts, or of those of a tree.
         """
-        _check(account)
-        if as_of is not None and world_at is not None:
-            raise Problem(422, "invalid_time", "as_of and world_at are asked for one at a time")
-        present = now()
-        if as_of is not None and as_of > present:
-            raise Problem(422, "invalid_time", f"what will be recorded by {as_of.isoformat()} is not known")
-        units = backend().units
-        found: BalanceView | PostedView | None
-        if as_of is None and world_at is None:
-            # One statement, which is of one moment by itself.
-            async with connected(backend()) as connection:
-                found = await read_balance(connection, account, units=units, now=present)
-        else:
-            async with snapshot(backend()) as connection:
-                if as_of is not None:
-                    found = await read_balance_as_of(connection, account, as_of=as_of.astimezone(UTC), units=units)
-                else:
-                    assert world_at is not None
-                    found = await read_posted_at(
-                        connection, account, world_at=world_at.astimezone(UTC), units=units, now=present
-                    )
-        if found is None:
-            raise _not_open(account)
-        return Response(found.model_dump_json(), media_type="application/json")
+        if root is not None:
+            check(root)
+        caps = [name for name, known in backend().units.by_name.items() if known.kind == "cap"]
+        if unit is not None and _unit(backend(), unit) not in caps:
+            raise Problem(422, "no_cap", f"{unit} is money: nothing limits it but what is there")
+        asked = LimitQuestion(share=share, units=caps if unit is None else [unit], root=root, after=after, limit=limit)
+        async with snapshot(backend()) as connection:
+            found, next_after = await read_limits(connection, asked, units=backend().units, now=now())
+        return LimitPage(limits=found, next_after=next_after)
 
 
 def _statement_routes(router: APIRouter, backend: Callable[[], Backend]) -> None:
@@ -198,7 +204,7 @@ def _statement_routes(router: APIRouter, backend: Callable[[], Backend]) -> None
         Recorded in [`since`, `until`). `reference`: the id of a lot, a hold, a transaction or a charged event, or the
         reference of a lot.
         """
-        _check(account)
+        check(account)
         if unit is not None:
             _unit(backend(), unit)
         place = None if before is None else _read_place(before)
@@ -208,7 +214,7 @@ def _statement_routes(router: APIRouter, backend: Callable[[], Backend]) -> None
                 connection, account, wanted=wanted, before=place, limit=limit, units=backend().units.by_name
             )
         if found is None:
-            raise _not_open(account)
+            raise not_open(account)
         entries, more = found
         return StatementPage(account=account, entries=entries, next_before=None if more is None else _place_text(more))
 
@@ -227,7 +233,7 @@ def _charge_routes(router: APIRouter, backend: Callable[[], Backend]) -> None:
     async def charge(source: _PathText, event_id: _PathText, account: str | None = None) -> ChargeView:
         """What a use was charged, from which lots, and what of that was given back since: every revision of it."""
         if account is not None:
-            _check(account)
+            check(account)
         async with snapshot(backend()) as connection:
             found = await read_charge(connection, source, event_id, account=account, units=backend().units)
         if found is None:
@@ -239,20 +245,20 @@ def _hold_routes(router: APIRouter, backend: Callable[[], Backend]) -> None:
     @router.get("/v1/holds", responses=_answers())
     async def holds(account: str, limit: _Limit = 100, after: HoldId | None = None) -> HoldPage:
         """Open holds of an account and of all below it."""
-        _check(account)
+        check(account)
         async with snapshot(backend()) as connection:
             found = await read_open_holds(
-                connection, account, after=after, limit=limit + 1, units=backend().units.by_name
+                connection, account, after=after, limit=limit + 1, units=backend().units, now=now()
             )
         if found is None:
-            raise _not_open(account)
+            raise not_open(account)
         return HoldPage(holds=found[:limit], next_after=found[limit - 1].hold if len(found) > limit else None)
 
     @router.get("/v1/holds/{hold}", responses=_answers())
     async def hold(hold: HoldId) -> HoldView:
         """A hold, open or ended: what was set aside, on which wallets, and what of it still is."""
         async with snapshot(backend()) as connection:
-            found = await read_hold(connection, hold, units=backend().units.by_name)
+            found = await read_hold(connection, hold, units=backend().units, now=now())
         if found is None:
             raise Problem(404, "hold_unknown", f"there is no hold {hold}")
         return found
@@ -269,11 +275,11 @@ def _total_routes(router: APIRouter, backend: Callable[[], Backend]) -> None:
     @router.get("/v1/totals/{account:path}", responses=_answers())
     async def account_totals(account: str) -> AccountTotalsView:
         """What was ever granted, charged, given back, expired and clawed back on an account's own wallets."""
-        _check(account)
+        check(account)
         async with snapshot(backend()) as connection:
             found = await read_account_totals(connection, account, units=backend().units)
         if found is None:
-            raise _not_open(account)
+            raise not_open(account)
         return AccountTotalsView(account=account, units=found)
 
 
@@ -293,15 +299,15 @@ def _export_routes(router: APIRouter, backend: Callable[[], Backend]) -> None:
         account: str, below: _Below = False, named: _Format = None, accept: Annotated[str, Header()] = ""
     ) -> Response:
         """The entries of an account's wallets as recorded by now, oldest first, in one stream. Contras are left out."""
-        wanted = _export_format(named, accept)
-        _check(account)
+        wanted = export_format(named, accept)
+        check(account)
         if exports.locked():
             headers = {"Retry-After": str(EXPORT_RETRY_AFTER_SECONDS)}
             raise Problem(503, "busy", f"{EXPORTS_MAX} exports are under way", headers=headers)
         async with snapshot(backend()) as connection:
             batch, names = await exported_accounts(connection, account, below=below)
         if not names:
-            raise _not_open(account)
+            raise not_open(account)
 
         async def stream() -> AsyncIterator[bytes]:
             async with exports:
@@ -310,28 +316,6 @@ def _export_routes(router: APIRouter, backend: Callable[[], Backend]) -> None:
                     yield part
 
         return StreamingResponse(stream(), media_type=wanted.media_type)
-
-
-def _export_format(named: str | None, accept: str) -> Format:
-    """The format that the query names, or else the first that Accept does, or else CSV. Problem 400: there is none."""
-    if named is None:
-        types = [each.partition(";")[0].strip().lower() for each in accept.split(",")]
-        by_type = {each.media_type: each for each in FORMATS.values()}
-        return next((by_type[each] for each in types if each in by_type), FORMATS["csv"])
-    if named not in FORMATS:
-        raise Problem(400, "unknown_format", f"{named!r} is no format of an export: it is {' or '.join(FORMATS)}")
-    return FORMATS[named]
-
-
-def _not_open(account: str) -> Problem:
-    return Problem(404, "account_not_open", f"the account {account} is not open")
-
-
-def _check(account: str) -> None:
-    try:
-        check_account(account)
-    except ValueError as error:
-        raise Problem(422, "invalid_account", str(error)) from error
 
 
 def _unit(backend: Backend, name: str) -> str:

@@ -129,6 +129,19 @@ async def test_durability_is_what_the_server_says(pool: Pool) -> None:
 
 
 @pytest.mark.anyio
+async def test_a_connection_that_the_server_has_closed_is_not_lent(pool: Pool, kit_database: Database) -> None:
+    async with pool.connection() as connection:
+        closed = connection.info.backend_pid
+    async with await AsyncConnection.connect(kit_database.superuser_url.get_secret_value(), autocommit=True) as admin:
+        # Until it has ended: what it says last is on its way then.
+        ended = await (await admin.execute("SELECT pg_terminate_backend(%s, 5000)", [closed])).fetchone()
+        assert ended == (True,)
+    async with pool.connection() as connection:
+        assert connection.info.backend_pid != closed
+        assert await (await connection.execute("SELECT 1")).fetchone() == (1,)
+
+
+@pytest.mark.anyio
 async def test_writer_and_pool_outlive_a_killed_server(own_postgres: EmbeddedPostgres) -> None:
     url = SecretStr(own_postgres.url())
     writer, pool = Writer(url, name="writer"), await open_pool(url, name="pool")

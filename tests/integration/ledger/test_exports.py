@@ -59,7 +59,7 @@ async def test_csv_and_parquet_have_the_same_rows_in_the_same_order(driver: Driv
         assert rows_of_parquet(by_name.content) == rows
         for accept, content_type in (
             (PARQUET, PARQUET),
-            (f"application/json, {PARQUET.upper()};q=0.9, text/csv", PARQUET),
+            (f"application/json, {PARQUET.upper()}, text/csv;q=0.9", PARQUET),
             ("text/csv", "text/csv"),
             ("*/*", "text/csv"),
         ):
