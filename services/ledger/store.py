@@ -1,14 +1,16 @@
 """The ledger's statements: heads, loading what a batch needs, writing what it decided. Set-wise; never commits."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from functools import cache
+from itertools import count
 from typing import Any, Final
 
 import msgspec
 import psycopg
-from psycopg import AsyncConnection, AsyncCursor, sql
+from psycopg import AsyncConnection, AsyncRawCursor
 from psycopg.rows import TupleRow
 from sqlalchemy import Table
 from sqlalchemy.dialects import postgresql
@@ -143,13 +145,26 @@ async def take_heads(connection: Connection, epochs: Mapping[int, int]) -> dict[
 
 async def read_heads(connection: Connection, partitions: Iterable[int]) -> dict[int, Head]:
     """Where partitions stand."""
-    cursor = await connection.execute(_HEADS, [list(partitions)])
+    cursor = await _execute(connection, _HEADS, [_array(list(partitions))])
     return _heads(await cursor.fetchall())
 
 
-_HEADS: Final = """
+async def _execute(connection: Connection, statement: bytes, columns: Sequence[str]) -> AsyncRawCursor[TupleRow]:
+    """Run a statement whose placeholders are Postgres's own. psycopg's are looked for each time in a long statement."""
+    cursor = AsyncRawCursor(connection)
+    await cursor.execute(statement, columns)
+    return cursor
+
+
+def _numbered(text: str) -> bytes:
+    """A statement that is written with `%s` for each placeholder, as Postgres has them."""
+    numbers = count(1)
+    return re.sub("%s", lambda _: f"${next(numbers)}", text).encode()
+
+
+_HEADS: Final = b"""
 SELECT partition, epoch, batch, chain_hash, recorded_at, outbox_number, charges_number
-FROM heads WHERE partition = ANY (%s)
+FROM heads WHERE partition = ANY ($1::smallint[])
 """
 
 
@@ -169,16 +184,23 @@ def _heads(rows: Iterable[TupleRow]) -> dict[int, Head]:
 
 
 async def load(connection: Connection, needs: Needs) -> Loaded:
-    """Read what a batch needs: in one round trip, and in one more for each step that claims or repayments lead on."""
+    """Read what a batch needs: in one round trip, and in one more for each step that claims or repayments lead on.
+
+    Most keys are new: one statement says which of them are not, and only those are read, in one more round trip.
+    """
     if not needs:
         return Loaded()
     found: dict[str, list[TupleRow]] = {}
     closure, more = _Closure(), needs
+    known: Needs | None = Needs()
     for _ in range(ROUNDS_MAX):
-        fetched = await _fetch(connection, more)
+        fetched = await _fetch(connection, more, known)
         for name, rows_of_name in fetched.items():
             found.setdefault(name, []).extend(rows_of_name)
-        if not (more := closure.beyond(more, fetched)):
+        more = closure.beyond(more, fetched)
+        if known is not None:
+            more.commands, more.holds, more.lines, known = known.commands, known.holds, known.lines, None
+        if not more:
             break
     else:
         raise TooEntangled(f"lots lead to others {ROUNDS_MAX} times over")
@@ -195,18 +217,29 @@ async def load(connection: Connection, needs: Needs) -> Loaded:
     )
 
 
-async def _fetch(connection: Connection, needs: Needs) -> dict[str, list[TupleRow]]:
-    """The rows that each statement of `_LOAD` finds."""
-    cursors: dict[str, AsyncCursor[TupleRow]] = {}
+async def _fetch(connection: Connection, needs: Needs, known: Needs | None) -> dict[str, list[TupleRow]]:
+    """The rows that each statement of `_LOAD` finds. `known`, if given, is told which `_KEYS` there are: not read yet."""
+    cursors: dict[str, AsyncRawCursor[TupleRow]] = {}
+    asked = {} if known is None else {name: list(keys) for name in _KEYS if (keys := getattr(needs, name))}
     async with connection.pipeline():
+        if asked:
+            columns = [column for name, width in _KEYS.items() for column in _key_columns(asked.get(name, ()), width)]
+            cursors["known"] = await _execute(connection, _KNOWN, columns)
         if needs.heads:
-            cursors["heads"] = await connection.execute(_HEADS, [list(needs.heads)])
+            cursors["heads"] = await _execute(connection, _HEADS, [_array(list(needs.heads))])
         for wanted, names in _LOADED_BY.items():
-            if keys := getattr(needs, wanted):
+            if wanted not in asked and (keys := getattr(needs, wanted)):
                 columns = _columns(keys)
                 for name in names:
-                    cursors[name] = await connection.execute(_LOAD[name], columns)
-    return {name: await cursor.fetchall() for name, cursor in cursors.items()}
+                    cursors[name] = await _execute(connection, _LOAD[name], columns)
+    found = {name: await cursor.fetchall() for name, cursor in cursors.items()}
+    for name, place in found.pop("known", ()):
+        getattr(known, name).add(asked[name][place - 1])
+    return found
+
+
+def _key_columns(keys: Sequence[Sequence[Any]], width: int) -> list[str]:
+    return _columns(keys) if keys else ["{}"] * width
 
 
 class _Closure:
@@ -305,7 +338,7 @@ async def write(connection: Connection, batch: Sequence[Written], signature: Sig
         values += _columns(found)
     try:
         async with connection.pipeline():
-            await connection.execute(_write_statement(tuple(rows)), values)
+            await _execute(connection, _write_statement(tuple(rows)), values)
             await dead_letters.record(connection, [letter for one in batch for letter in one.letters])
             await connection.commit()
     except psycopg.Error as error:
@@ -329,13 +362,13 @@ def _rows_of(batch: Sequence[Written], signature: Signature | None) -> Iterator[
 
 
 @cache
-def _write_statement(written: tuple[Table, ...]) -> sql.SQL:
+def _write_statement(written: tuple[Table, ...]) -> bytes:
     """Advance the heads, and add rows to tables, as one statement: each costs by itself, whatever it adds.
 
     The heads come first: what a SELECT needs is done before what a WITH merely adds.
     """
     additions = "".join(f", {table.name}_ AS ({_addition(table)})" for table in written)
-    return sql.SQL(f"WITH heads_ AS ({_ADVANCE}){additions} SELECT count(*) FROM heads_")
+    return _numbered(f"WITH heads_ AS ({_ADVANCE}){additions} SELECT count(*) FROM heads_")
 
 
 _ADVANCE: Final = (
@@ -469,7 +502,7 @@ def _element(value: Any) -> str:
             return str(value)
 
 
-def _select(table: Table, *, keys: Mapping[str, str], on: str | None = None) -> sql.SQL:
+def _select(table: Table, *, keys: Mapping[str, str], on: str | None = None) -> bytes:
     """SELECT of all columns of the rows with the keys, which are handed over as arrays of the named types.
 
     `on` says which rows `t` belong to a key `k`, if not those with its columns.
@@ -477,7 +510,7 @@ def _select(table: Table, *, keys: Mapping[str, str], on: str | None = None) -> 
     columns = ", ".join(f"t.{column.name}" for column in table.columns)
     join = f"USING ({', '.join(keys)})" if on is None else f"ON {on}"
     statement = f"SELECT {columns} FROM {_keys(keys)} JOIN {table.name} t {join}"
-    return sql.SQL(statement)
+    return _numbered(statement)
 
 
 def _keys(keys: Mapping[str, str]) -> str:
@@ -550,18 +583,18 @@ JOIN lots t ON t.partition = k.partition AND t.reference = k.payment AND {_SAME_
 """
 
 
-def _statement(text: str, *, table: Table | None = None, keys: Mapping[str, str]) -> sql.SQL:
+def _statement(text: str, *, table: Table | None = None, keys: Mapping[str, str]) -> bytes:
     """A statement in which {keys} stands for the keys `k`, and {columns} for all columns of the table's rows `t`."""
     columns = "" if table is None else ", ".join(f"t.{column.name}" for column in table.columns)
     accounts = _PAID_ACCOUNTS if keys is _PAYMENT_KEYS else "SELECT * FROM {keys}"
     grace = f"{LATE_GRACE.total_seconds():.0f} seconds"
     filled = text.replace("{late_grace}", grace).replace("{accounts}", accounts)
     filled = filled.replace("{keys}", _keys(keys)).replace("{columns}", columns)
-    return sql.SQL(filled)
+    return _numbered(filled)
 
 
 _OF_PAID_ACCOUNT: Final = "SELECT {columns} FROM ({accounts}) k JOIN"
-_LOAD: Final[Mapping[str, sql.SQL]] = {
+_LOAD: Final[Mapping[str, bytes]] = {
     "accounts": _select(tables.accounts, keys=_ACCOUNT_KEYS),
     "wallets": _select(tables.wallets, keys=_ACCOUNT_KEYS),
     "rules": _select(tables.rules, keys=_ACCOUNT_KEYS),
@@ -601,7 +634,7 @@ _LOAD: Final[Mapping[str, sql.SQL]] = {
         keys=_LINE_KEYS | {"account": "text"},
     ),
     "line_lots": _statement(_LINE_LOTS, table=tables.lots, keys=_LINE_KEYS | {"account": "text"}),
-    "commands": sql.SQL(
+    "commands": _numbered(
         """
         SELECT t.partition, t.principal, t.idempotency_key, t.body_hash, t.outcome
         FROM unnest(%s::smallint[], %s::text[], %s::text[]) AS k (partition, principal, idempotency_key)
@@ -616,13 +649,34 @@ _LOAD: Final[Mapping[str, sql.SQL]] = {
         """,
         keys=_LINE_KEYS,
     ),
-    "bundles": sql.SQL(
+    "bundles": _numbered(
         """
         SELECT t.partition, t.number, t.body_hash
         FROM unnest(%s::smallint[], %s::bigint[]) AS k (partition, number) JOIN bundles t USING (partition, number)
         """
     ),
 }
+
+# What is seldom there already, and how many columns its keys have.
+_KEYS: Final = {"commands": 3, "holds": 3, "lines": 4}
+# Which of these keys there are: what was asked for, and its place in the arrays.
+_KNOWN: Final = _numbered(
+    """
+    SELECT 'commands', k.place
+    FROM unnest(%s::smallint[], %s::text[], %s::text[])
+         WITH ORDINALITY AS k (partition, principal, idempotency_key, place)
+    JOIN commands t USING (partition, principal, idempotency_key)
+    UNION ALL
+    SELECT 'holds', k.place
+    FROM unnest(%s::smallint[], %s::uuid[], %s::text[]) WITH ORDINALITY AS k (partition, hold_id, account, place)
+    JOIN holds t USING (partition, hold_id)
+    UNION ALL
+    SELECT 'lines', k.place
+    FROM unnest(%s::smallint[], %s::text[], %s::text[], %s::integer[])
+         WITH ORDINALITY AS k (partition, source, event_id, revision, place)
+    JOIN charge_lines t USING (partition, source, event_id, revision)
+    """
+)
 
 # By what is needed: the statements that read it.
 _LOADED_BY: Final[Mapping[str, tuple[str, ...]]] = {
