@@ -34,6 +34,9 @@ class Stopped(Exception):
 class Batcher(Generic[Item, Result]):
     """Hands queued items to `process` in batches, in the order of submission, one batch at a time.
 
+    `process` may call what it is given as soon as the next batch may begin although this one is not done, as its commit
+    is on its way. It then begins once `ahead_cost_min` is waiting; there are never more than these two.
+
     `process` returns one result per item. When it raises, nothing of the batch may have taken effect: halves of the
     batch are tried again, in order, until the one bad item is alone and gets a Fault. An exception of a type in
     `whole_batch_errors` (a lost connection, a deposed owner) is not the fault of an item: every item of the batch
@@ -44,18 +47,22 @@ class Batcher(Generic[Item, Result]):
         self,
         *,
         name: str,
-        process: Callable[[list[Item]], Awaitable[Sequence[Result]]],
+        process: Callable[[list[Item], Callable[[], None]], Awaitable[Sequence[Result]]],
         batch_cost_max: int = 1000,
         queue_cost_max: int = 20_000,
+        ahead_cost_min: int | None = None,
         whole_batch_errors: tuple[type[Exception], ...] = (),
     ) -> None:
         self._name = name
         self._process = process
         self._batch_cost_max = batch_cost_max
         self._queue_cost_max = queue_cost_max
+        self._ahead_cost_min = queue_cost_max * 2 if ahead_cost_min is None else ahead_cost_min
         self._whole_batch_errors = whole_batch_errors
         self._queue: deque[_Waiting[Item, Result]] = deque()
         self._queued_cost = 0
+        # At least so much is waiting when the next batch begins.
+        self._wanted_cost = 0
         self._wake = asyncio.Event()
         self._stopping = False
 
@@ -73,21 +80,33 @@ class Batcher(Generic[Item, Result]):
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._queue.append(_Waiting(item, cost, future))
         self._queued_cost += cost
-        self._wake.set()
+        if self._queued_cost >= self._wanted_cost:
+            self._wake.set()
         return future
 
     async def run(self) -> None:
         """Process until `stop` was called and the queue is empty. One task runs it."""
+        begun: asyncio.Task[None] | None = None
         try:
             while True:
-                while not self._queue:
-                    if self._stopping:
-                        return
+                if begun is not None and begun.done():
+                    await begun
+                    begun = None
+                if self._stopping and not self._queue and begun is None:
+                    return
+                self._wanted_cost = 0 if begun is None else self._ahead_cost_min
+                if not self._queue or self._queued_cost < self._wanted_cost:
                     self._wake.clear()
                     await self._wake.wait()
-                await self._process_all(self._take_batch())
+                    continue
+                before, begun = begun, await self._begin(self._take_batch())
+                if before is not None:
+                    await before
         finally:
             self._stopping = True
+            if begun is not None:
+                begun.cancel()
+                await asyncio.wait([begun])
             for waiting in self._queue:
                 _fail(waiting, Stopped(f"{self._name} was stopped"))
             self._queue.clear()
@@ -109,12 +128,30 @@ class Batcher(Generic[Item, Result]):
             batch.append(waiting)
         return batch
 
-    async def _process_all(self, batch: list["_Waiting[Item, Result]"]) -> None:
+    async def _begin(self, batch: list["_Waiting[Item, Result]"]) -> asyncio.Task[None]:
+        """Process a batch: until it is done, or the next one may begin."""
+        may_go_on = asyncio.Event()
+
+        def done(_: asyncio.Task[None]) -> None:
+            may_go_on.set()
+            self._wake.set()
+
+        task = asyncio.create_task(self._process_all(batch, may_go_on.set), name=f"batch of {self._name}")
+        task.add_done_callback(done)
+        try:
+            await may_go_on.wait()
+        except BaseException:
+            task.cancel()
+            await asyncio.wait([task])
+            raise
+        return task
+
+    async def _process_all(self, batch: list["_Waiting[Item, Result]"], may_go_on: Callable[[], None]) -> None:
         if not batch:
             return
         started = time.monotonic()
         try:
-            results = await self._process([waiting.item for waiting in batch])
+            results = await self._process([waiting.item for waiting in batch], may_go_on)
         except self._whole_batch_errors as error:
             FAULTS.labels(place=f"batcher.{self._name}").inc()
             log.error("batch failed", batcher=self._name, items=len(batch), error=repr(error))
@@ -140,9 +177,11 @@ class Batcher(Generic[Item, Result]):
                 if not waiting.future.done():
                     waiting.future.set_result(result)
             return
-        await self._bisect(batch, failure)
+        await self._bisect(batch, failure, may_go_on)
 
-    async def _bisect(self, batch: list["_Waiting[Item, Result]"], error: Exception) -> None:
+    async def _bisect(
+        self, batch: list["_Waiting[Item, Result]"], error: Exception, may_go_on: Callable[[], None]
+    ) -> None:
         if len(batch) == 1:
             FAULTS.labels(place=f"batcher.{self._name}").inc()
             log.error("item failed alone", batcher=self._name, exc_info=error)
@@ -152,8 +191,8 @@ class Batcher(Generic[Item, Result]):
             return
         log.warning("batch failed, trying its halves", batcher=self._name, items=len(batch), error=repr(error))
         middle = len(batch) // 2
-        await self._process_all(batch[:middle])
-        await self._process_all(batch[middle:])
+        await self._process_all(batch[:middle], may_go_on)
+        await self._process_all(batch[middle:], may_go_on)
 
 
 class _Waiting(NamedTuple, Generic[Item, Result]):

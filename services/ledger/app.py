@@ -42,6 +42,8 @@ SERVICE: Final = "ledger"
 
 # A transaction of an owner that is stuck holds its heads' locks against the next owner no longer than this.
 TRANSACTION_TIMEOUT: Final = "5s"
+# So much has to wait for the next batch to be decided while one commits. Less is better decided with what comes then.
+AHEAD_COST_MIN: Final = 500
 READ_TIMEOUT: Final = "10s"
 
 
@@ -99,6 +101,7 @@ async def _owning(
             process=ledger.process,
             batch_cost_max=settings.batch_cost_max,
             queue_cost_max=settings.queue_cost_max,
+            ahead_cost_min=AHEAD_COST_MIN,
             whole_batch_errors=TRY_AGAIN,
         )
         limits = Limits(body_bytes_max=settings.body_bytes_max, list_commands_max=settings.list_commands_max)

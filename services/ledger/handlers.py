@@ -3,6 +3,7 @@
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cache
@@ -209,6 +210,19 @@ class _Owned:
         self.state = PartitionState()
 
 
+class _InVain(Exception):
+    """A batch was decided on another that was not committed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Decision:
+    """What is to be answered once all that is to be written is committed."""
+
+    results: list[Result]
+    written: list[Written]
+    signature: Signature | None
+
+
 class Ledger:
     """The partitions owned by this process, their state, and the one connection through which it changes."""
 
@@ -228,7 +242,11 @@ class Ledger:
         self._on_committed = on_committed
         self._signer = signer
         self._owned: dict[int, _Owned] = {}
-        self._one_at_a_time = asyncio.Lock()
+        # Whoever holds both is alone. They are waited for in order: batches commit in the order they were decided.
+        self._deciding = asyncio.Lock()
+        self._committing = asyncio.Lock()
+        # How many batches were decided in vain: what was decided after them, and before they failed, is so, too.
+        self._failures = 0
 
     @property
     def partitions(self) -> frozenset[int]:
@@ -237,7 +255,7 @@ class Ledger:
 
     async def take_over(self, epochs: Mapping[int, int]) -> frozenset[int]:
         """Own partitions whose leases were won. From here on no commit of an earlier owner succeeds."""
-        async with self._one_at_a_time, self._writer.transaction() as connection:
+        async with self._deciding, self._committing, self._writer.transaction() as connection:
             heads = await store.take_heads(connection, epochs)
         for partition, head in heads.items():
             self._owned[partition] = _Owned(head)
@@ -248,15 +266,18 @@ class Ledger:
         for partition in partitions:
             self._owned.pop(partition, None)
 
-    async def process(self, items: Sequence[Item]) -> list[Result]:
-        """Decide items in order, commit what was accepted, and only then answer. Nothing is done if it raises."""
+    async def process(self, items: Sequence[Item], decided: Callable[[], None] = lambda: None) -> list[Result]:
+        """Decide items in order, commit what was accepted, and only then answer. Nothing is done if it raises.
+
+        Tells `decided` if others may be processed while these commit: what they are decided on is not stored then.
+        """
         look_up_lines = False
-        async with self._one_at_a_time, asyncio.timeout(BATCH_SECONDS_MAX):
+        async with asyncio.timeout(BATCH_SECONDS_MAX):
             for _ in range(_ATTEMPTS_MAX):
                 try:
-                    return await self._attempt(items, look_up_lines=look_up_lines)
-                except HeadMoved as error:
-                    log.warning("a commit was refused, the heads are read again", reason=str(error))
+                    return await self._attempt(items, decided, look_up_lines=look_up_lines)
+                except (HeadMoved, _InVain) as error:
+                    log.warning("a batch was decided in vain, the heads are read again", reason=str(error))
                 except psycopg.errors.UniqueViolation as error:
                     # Seldom: so lines are not looked up beforehand until one turns out to be a repeat.
                     if look_up_lines or error.diag.constraint_name != "charge_lines_pkey":
@@ -264,8 +285,28 @@ class Ledger:
                     look_up_lines = True
         raise HeadMoved(f"the heads moved {_ATTEMPTS_MAX} times while a batch was decided")
 
-    async def _attempt(self, items: Sequence[Item], *, look_up_lines: bool) -> list[Result]:
-        try:
+    async def _attempt(
+        self, items: Sequence[Item], decided: Callable[[], None], *, look_up_lines: bool
+    ) -> list[Result]:
+        async with self._deciding:
+            needs = self._needs(items, look_up_lines=look_up_lines)
+            if needs or self._late_needs(items):
+                # What is to be read has to be what the batch before has left behind.
+                async with self._committing:
+                    return await self._alone(items, look_up_lines=look_up_lines)
+            failures = self._failures
+            with self._distrusting(items):
+                decision = await self._decide_all(items, needs, Loaded())
+        with self._distrusting(items):
+            async with self._committing:
+                self._check(failures)
+                async with self._writer.transaction() as connection:
+                    await self._commit(connection, decision, decided)
+        return decision.results
+
+    async def _alone(self, items: Sequence[Item], *, look_up_lines: bool) -> list[Result]:
+        """Read what is not in memory, decide and commit, all in one transaction."""
+        with self._distrusting(items):
             async with self._writer.transaction() as connection:
                 needs = self._needs(items, look_up_lines=look_up_lines)
                 loaded = await store.load(connection, needs)
@@ -274,19 +315,55 @@ class Ledger:
                     # Together: an account that is read again is read with the lots that it was given before.
                     loaded.add(await store.load(connection, late))
                     self._refresh(late, loaded)
-                works: dict[int, _Work] = {}
-                results = [self._decide(item, works, needs, loaded) for item in items]
-                written = [work.written() for work in works.values() if work.is_something]
-                if written:
-                    await store.write(connection, written, self._sign(written))
+                decision = await self._decide_all(items, needs, loaded)
+                await self._commit(connection, decision)
+        return decision.results
+
+    def _check(self, failures: int) -> None:
+        """Raises _InVain if a batch has failed since there were so many failures."""
+        if failures != self._failures:
+            raise _InVain("the batch before it was not committed")
+
+    @contextmanager
+    def _distrusting(self, items: Sequence[Item]) -> Iterator[None]:
+        """If this fails, what is in memory may be what was never stored: of the batch, and of any decided after it.
+
+        For who decides, and for who has decided and not committed: while one reads there is nobody else of these.
+        """
+        try:
+            yield
         except BaseException:
+            self._failures += 1
             for partition in {item.partition for item in items} & set(self._owned):
                 self._owned[partition].distrust()
             raise
+
+    async def _decide_all(self, items: Sequence[Item], needs: Needs, loaded: Loaded) -> "_Decision":
+        """Decide items, and go on from there: if this is not committed, what is in memory is not to be believed."""
+        works: dict[int, _Work] = {}
+        results, failures = [], self._failures
+        for item in items:
+            results.append(self._decide(item, works, needs, loaded))
+            if isinstance(item, BundleItem):
+                # It takes long: what else there is to do, the commit on its way above all, is not to wait for them all.
+                await asyncio.sleep(0)
+                self._check(failures)
+        written = [work.written() for work in works.values() if work.is_something]
+        signature = self._sign(written) if written else None
         for one in written:
-            self._committed(one)
+            if (owned := self._owned.get(one.after.partition)) is not None:
+                owned.head = one.after
+                owned.state.written(one.after.recorded_at)
         self._forget_some()
-        return results
+        return _Decision(results, written, signature)
+
+    async def _commit(
+        self, connection: store.Connection, decision: "_Decision", sent: Callable[[], None] = lambda: None
+    ) -> None:
+        if decision.written:
+            await store.write(connection, decision.written, decision.signature, sent)
+        for one in decision.written:
+            self._on_committed(one.outbox)
 
     def _sign(self, written: Sequence[Written]) -> Signature | None:
         """Sign the heads that a commit moves, and tell it, in the outbox of the first of them."""
@@ -302,12 +379,6 @@ class Ledger:
             heads_signed_row(signed, partition=signed.partition, number=number, recorded_at=recorded_at)
         )
         return Signature(signed.commit_id, signed.signature, signed.key_id, signed.heads)
-
-    def _committed(self, written: Written) -> None:
-        if (owned := self._owned.get(written.after.partition)) is not None:
-            owned.head = written.after
-            owned.state.written(written.after.recorded_at)
-        self._on_committed(written.outbox)
 
     def _forget_some(self) -> None:
         """Keep memory flat: of what is too much, each partition forgets what is beyond its share."""

@@ -1,7 +1,7 @@
 """The ledger's statements: heads, loading what a batch needs, writing what it decided. Set-wise; never commits."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from functools import cache
@@ -218,7 +218,7 @@ async def load(connection: Connection, needs: Needs) -> Loaded:
 
 
 async def _fetch(connection: Connection, needs: Needs, known: Needs | None) -> dict[str, list[TupleRow]]:
-    """The rows that each statement of `_LOAD` finds. `known`, if given, is told which `_KEYS` there are: not read yet."""
+    """The rows that each statement of `_LOAD` finds. `known`, if given, is told of `_KEYS` there are, which are not read."""
     cursors: dict[str, AsyncRawCursor[TupleRow]] = {}
     asked = {} if known is None else {name: list(keys) for name in _KEYS if (keys := getattr(needs, name))}
     async with connection.pipeline():
@@ -330,8 +330,16 @@ async def oldest_due(
     return accounts, holds
 
 
-async def write(connection: Connection, batch: Sequence[Written], signature: Signature | None = None) -> None:
-    """Write what was decided, and commit, in one round trip. HeadMoved: nothing was, another owner was first."""
+async def write(
+    connection: Connection,
+    batch: Sequence[Written],
+    signature: Signature | None = None,
+    sent: Callable[[], None] = lambda: None,
+) -> None:
+    """Write what was decided, and commit, in one round trip. HeadMoved: nothing was, another owner was first.
+
+    Tells `sent` when the server has it all, and there is nothing to do here but to wait.
+    """
     rows = {table: found for table, found in _rows_of(batch, signature) if found}
     values = [*_head_columns(batch)]
     for found in rows.values():
@@ -340,7 +348,9 @@ async def write(connection: Connection, batch: Sequence[Written], signature: Sig
         async with connection.pipeline():
             await _execute(connection, _write_statement(tuple(rows)), values)
             await dead_letters.record(connection, [letter for one in batch for letter in one.letters])
-            await connection.commit()
+            # `connection.commit()` would wait for the answers to it all.
+            await _execute(connection, b"COMMIT", ())
+            sent()
     except psycopg.Error as error:
         if error.sqlstate == _HEAD_MOVED:
             raise HeadMoved(f"partitions {error.diag.message_detail}") from error

@@ -274,6 +274,8 @@ class ChargesSubscriber:
     async def _submit(self, message: Msg) -> "asyncio.Future[Result] | None":
         """Hand a bundle to the batcher; None if it could not be: the message has been dealt with."""
         partition = int(message.subject.split(".")[2])
+        # Reading takes long enough for others to wait.
+        await asyncio.sleep(0)
         try:
             bundle = read_bundle(message.subject, message.data, self._units)
         except UnreadableBundle as error:

@@ -1,7 +1,7 @@
 """Laws of the batcher: order, isolation of the one bad item, bounded queues, no timer."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given
@@ -25,7 +25,7 @@ class Store:
         self.may_go_on = asyncio.Event()
         self.may_go_on.set()
 
-    async def process(self, batch: list[int]) -> list[int]:
+    async def process(self, batch: list[int], _may_go_on: Callable[[], None] = lambda: None) -> list[int]:
         self.batches.append(batch)
         await self.may_go_on.wait()
         if self.failures:
@@ -167,7 +167,7 @@ def test_cancelling_the_batcher_fails_what_waits() -> None:
 
 def test_a_process_that_loses_results_stops_the_batcher() -> None:
     async def law() -> None:
-        async def forgetful(_batch: list[int]) -> list[int]:
+        async def forgetful(_batch: list[int], _may_go_on: Callable[[], None]) -> list[int]:
             return []
 
         batcher = Batcher(name="test", process=forgetful)
@@ -177,3 +177,85 @@ def test_a_process_that_loses_results_stops_the_batcher() -> None:
         assert isinstance(future.exception(), Fault)
 
     asyncio.run(law())
+
+
+class Committing(Store):
+    """A process function that says at once that the next batch may begin: what is left to do is in its commit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.commits: dict[int, asyncio.Event] = {}
+
+    async def process(self, batch: list[int], may_go_on: Callable[[], None] = lambda: None) -> list[int]:
+        self.batches.append(batch)
+        self.commits[batch[0]] = asyncio.Event()
+        may_go_on()
+        await self.commits[batch[0]].wait()
+        if self.failures:
+            raise self.failures.pop(0)
+        return [item * 10 for item in batch]
+
+
+async def settled() -> None:
+    """Whatever can go on without anything coming from outside has done so."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def test_the_next_batch_begins_while_one_commits_if_enough_is_waiting_and_never_a_third() -> None:
+    async def law() -> None:
+        store = Committing()
+        batcher = Batcher(name="test", process=store.process, batch_cost_max=2, ahead_cost_min=2)
+        running = asyncio.create_task(batcher.run())
+        first = batcher.submit(1)
+        await settled()
+        second = batcher.submit(2)
+        await settled()
+        # One alone is better decided with those that come.
+        assert store.batches == [[1]]
+        third, fourth, fifth, sixth = [batcher.submit(item) for item in (3, 4, 5, 6)]
+        await settled()
+        assert store.batches == [[1], [2, 3]]
+        assert not first.done()
+        store.commits[1].set()
+        assert await first == 10
+        await settled()
+        assert store.batches == [[1], [2, 3], [4, 5]]
+        for begun in (2, 4):
+            store.commits[begun].set()
+        assert [await each for each in (second, third, fourth, fifth)] == [20, 30, 40, 50]
+        # Nothing commits any more: it need not wait for others.
+        await settled()
+        store.commits[6].set()
+        assert await sixth == 60
+        batcher.stop()
+        await running
+
+    asyncio.run(law())
+
+
+def test_stopping_waits_for_what_commits_and_cancelling_does_not() -> None:
+    async def law(*, cancel: bool) -> None:
+        store = Committing()
+        batcher = Batcher(name="test", process=store.process, batch_cost_max=1, ahead_cost_min=1)
+        running = asyncio.create_task(batcher.run())
+        first, second, third = [batcher.submit(item) for item in (1, 2, 3)]
+        await settled()
+        assert store.batches == [[1], [2]]
+        if cancel:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            assert first.cancelled()
+            assert second.cancelled()
+            assert isinstance(third.exception(), Stopped)
+            return
+        batcher.stop()
+        for number in (1, 2, 3):
+            await settled()
+            assert not running.done()
+            store.commits[number].set()
+        await running
+        assert [await each for each in (first, second, third)] == [10, 20, 30]
+
+    asyncio.run(law(cancel=False))
+    asyncio.run(law(cancel=True))
