@@ -1,6 +1,7 @@
 """Account ids. An account's id is its path: 1 to 4 percent-encoded segments, `acme/ml/ana/key_7f3`."""
 
 import re
+from functools import lru_cache
 from typing import Annotated
 from urllib.parse import unquote_to_bytes
 
@@ -69,6 +70,7 @@ def root(account: str) -> str:
     return account.partition("/")[0]
 
 
+@lru_cache(maxsize=65_536)
 def path(account: str) -> tuple[str, ...]:
     """The account and all above it, nearest first: `a/b/c` gives `('a/b/c', 'a/b', 'a')`."""
     found = [account]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final
 
+import msgspec
 import psycopg
 from nats.aio.client import Client
 from psycopg import AsyncConnection
@@ -36,8 +37,7 @@ PRUNE_EVERY_SECONDS: Final = 30.0
 PRUNE_ROWS_MAX: Final = 20_000
 
 
-@dataclass(frozen=True, slots=True)
-class OutboxRow:
+class OutboxRow(msgspec.Struct, frozen=True, gc=False):
     """One message: `number` is the next one of its partition, from 1, without gaps."""
 
     partition: int

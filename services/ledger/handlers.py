@@ -383,10 +383,8 @@ class Ledger:
     def _forget_some(self) -> None:
         """Keep memory flat: of what is too much, each partition forgets what is beyond its share."""
         states = [owned.state for owned in self._owned.values()]
-        if (
-            sum(len(state.accounts) for state in states) > ACCOUNTS_KEPT_MAX
-            or sum(len(state.holds) for state in states) > HOLDS_KEPT_MAX
-        ):
+        accounts, holds = sum([len(state.accounts) for state in states]), sum([len(state.holds) for state in states])
+        if accounts > ACCOUNTS_KEPT_MAX or holds > HOLDS_KEPT_MAX:
             for state in states:
                 state.shrink(accounts_max=ACCOUNTS_KEPT_MAX // len(states), holds_max=HOLDS_KEPT_MAX // len(states))
 
@@ -439,6 +437,8 @@ class Ledger:
             # When the batch will be recorded is not known yet.
             soon = max(now, owned.head.recorded_at) + _BATCH_MAX
             for line in _lines_of(item):
+                if line.hold is None and line.occurred_at >= since:
+                    continue
                 hold = None if line.hold is None else owned.state.holds.get(line.hold)
                 if hold is not None and hold.overdue == "charge_estimate" and hold.is_overdue(soon):
                     # Its estimate is made, and taken back at once.
@@ -585,6 +585,8 @@ def _counts_there(account: Account | None, line: ChargeLine, units: Units) -> bo
 
 def _undone_at_once(items: Iterable[Item]) -> set[tuple[int, str]]:
     """The partitions and accounts of lines that a batch both charges and gives back, and of holds likewise."""
+    if all(isinstance(item, BundleItem) and not item.bundle.reversals for item in items):
+        return set()
     commands = [(item.partition, command) for item in items for command in _commands_of(item)]
     reversals = {_line_key(command) for _, command in commands if isinstance(command, ReverseCharge)}
     resolved = {command.hold for _, command in commands if isinstance(command, ResolveHold)}
@@ -1112,7 +1114,7 @@ class _Work:
             is_same = before == content if said_when else (before[0], *before[2:]) == (content[0], *content[2:])
             return AlreadyCharged(*key) if is_same else ChargeDiffers(*key)
         if not said_when or line.scope is None:
-            line = replace(line, occurred_at=content[1], scope=self._used(line))
+            line = msgspec.structs.replace(line, occurred_at=content[1], scope=self._used(line))
         moves = decide_charge(self._draft.state, line, units=self._units, place=transaction.place)
         if not isinstance(moves, list):
             return moves

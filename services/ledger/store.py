@@ -74,7 +74,10 @@ class Needs:
     bundles: set[tuple[int, int]] = field(default_factory=set)
 
     def __bool__(self) -> bool:
-        return any(getattr(self, each.name) for each in fields(self))
+        return any(getattr(self, name) for name in _NEEDED)
+
+
+_NEEDED: Final = tuple(each.name for each in fields(Needs))
 
 
 @dataclass(slots=True)
@@ -218,7 +221,7 @@ async def load(connection: Connection, needs: Needs) -> Loaded:
 
 
 async def _fetch(connection: Connection, needs: Needs, known: Needs | None) -> dict[str, list[TupleRow]]:
-    """The rows that each statement of `_LOAD` finds. `known`, if given, is told of `_KEYS` there are, which are not read."""
+    """The rows that each statement of `_LOAD` finds. `known`, if given, is told which `_KEYS` there are."""
     cursors: dict[str, AsyncRawCursor[TupleRow]] = {}
     asked = {} if known is None else {name: list(keys) for name in _KEYS if (keys := getattr(needs, name))}
     async with connection.pipeline():

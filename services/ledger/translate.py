@@ -719,7 +719,7 @@ def _read_line(line: _Line, units: Units, partition: int) -> ChargeLine | None:
         event_id=line.event_id,
         revision=line.revision,
         account=line.account,
-        occurred_at=line.occurred_at.astimezone(UTC),
+        occurred_at=at if (at := line.occurred_at).tzinfo is UTC else at.astimezone(UTC),
         hold=hold,
         scope=_scope(scope.provider, scope.model, scope.feature),
         price_version=line.price_version,
@@ -973,8 +973,7 @@ def full_id(kind: IdKind, partition: int, uuid: str) -> str:
 # Facts ----------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Fact:
+class Fact(msgspec.Struct, frozen=True):
     """What is told to others: its subject's noun and verb, its type, and its own fields."""
 
     noun: str

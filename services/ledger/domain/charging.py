@@ -22,6 +22,7 @@ from services.ledger.domain.concerned import (
     check_amounts,
     counted_in,
     uncapped,
+    wallets_of,
 )
 from services.ledger.domain.debts import unrepay
 from services.ledger.domain.entries import PSEUDO_KINDS, LotKind, Move, contra_move
@@ -86,7 +87,9 @@ def _charge(
             return lacking
         for each in counted:
             unit = units.by_name[each]
-            for wallet in pinned(state, line.account, unit, hold):
+            for wallet in (
+                wallets_of(state, line.account, unit) if hold is None else pinned(state, line.account, unit, hold)
+            ):
                 if wallet.posted - wallet.overage - wallet.uncapped - amount < -BALANCE_MAX:
                     return InvalidAmount(each, "the wallet would owe more than it can count")
                 if charging is None and (lot := _one_lot(wallet, amount, line, now)) is not None:

@@ -214,8 +214,7 @@ class ResolveHold:
     account: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChargeLine:
+class ChargeLine(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What one use cost: pairs of unit and amount. (source, event_id, revision) is charged once.
 
     `final`: it ends the hold it names. `required`: it is a debit, and refused rather than owed. Without a scope it has

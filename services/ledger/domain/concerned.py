@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final, assert_never
 
+import msgspec
+
 from contracts.accounts import path
 from contracts.ids import derived_uuid7
 from contracts.money import AMOUNT_MAX, Unit
@@ -24,8 +26,8 @@ AHEAD_MAX: Final = timedelta(minutes=5)
 BALANCE_MAX: Final = 4 * AMOUNT_MAX
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+# A struct, as are all of which each line takes one: to make a frozen dataclass takes ten times as long.
+class Place(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Where in the journal a decision will stand: its next new entry's position, and where its transaction began."""
 
     partition: int

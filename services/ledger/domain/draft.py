@@ -35,8 +35,7 @@ class Head:
     charges_number: int
 
 
-@dataclass(frozen=True, slots=True)
-class Recorded:
+class Recorded(msgspec.Struct, frozen=True, gc=False):
     """An entry as it is stored: with its details as text, and its hash."""
 
     entry: Entry
@@ -178,7 +177,7 @@ class Transaction:
         """
         first = 0
         for move in moves:
-            contra = move.account.startswith("@")
+            contra = move.account[0] == "@"
             minute = None if contra else move.occurred_at.replace(second=0, microsecond=0)
             key = (move.kind, move.account, move.unit, move.lot, move.hold, minute, move.details)
             found = self._sums.get(key)
@@ -190,12 +189,13 @@ class Transaction:
                 self._sums[key] = _Sum(entry, move.posted, move.held, move.frozen)
                 self._entries.append(entry)
             else:
-                entry = self._entry(move, found.entry.position)
+                entry = found.entry if contra else self._entry(move, found.entry.position)
                 found.posted += move.posted
                 found.held += move.held
                 found.frozen += move.frozen
             first = first or entry.position
-            evolve(self._draft.state, entry)
+            if not contra:
+                evolve(self._draft.state, entry)
         return first
 
     def finish(self, details: Details) -> None:

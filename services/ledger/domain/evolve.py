@@ -47,6 +47,10 @@ def evolve(state: PartitionState, entry: Entry) -> None:  # noqa: PLR0912, PLR09
     if is_contra(entry.account):
         return
     match entry.kind:
+        # Most are.
+        case "charged":
+            if entry.lot is not None:
+                _add(state, entry)
         case "account_opened":
             _open_account(state, entry)
         case "wallet_opened":
@@ -71,7 +75,7 @@ def evolve(state: PartitionState, entry: Entry) -> None:  # noqa: PLR0912, PLR09
             lot.voided -= entry.posted
         case "debt_repaid":
             _repay(state, entry)
-        case "charged" | "reversed" | "adjusted":
+        case "reversed" | "adjusted":
             if entry.lot is not None:
                 _add(state, entry)
         case "transferred":
@@ -456,7 +460,8 @@ def _add_earmark(state: PartitionState, entry: Entry, lot: Lot, hold_id: str) ->
 
 
 def _wallet(state: PartitionState, entry: Entry) -> Wallet:
-    wallet = None if entry.unit is None else state.wallet(entry.account, entry.unit)
+    account = state.accounts.get(entry.account)
+    wallet = None if account is None or entry.unit is None else account.wallets.get(entry.unit)
     if wallet is None:
         raise BrokenJournal(f"wallet {entry.account} {entry.unit} is moved before it is open, at {_place(entry)}")
     return wallet

@@ -289,7 +289,7 @@ class Recorder:
     def _line_of_any(self) -> Command:
         line = self._line(self._account())
         if self.chance.random() < 0.3:
-            return ChargeLine(**{name: getattr(line, name) for name in line.__slots__} | {"required": True})
+            return msgspec.structs.replace(line, required=True)
         return line
 
     def _reverse(self) -> Command:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
+import msgspec
 import pytest
 from pydantic import SecretStr, ValidationError
 
@@ -127,7 +128,7 @@ class Served:
         before = self.world.book.contents.get((command.source, command.event_id, command.revision))
         at = self.clock.at if before is None else before[1]
         assert isinstance(at, datetime)
-        return replace(command, occurred_at=at)
+        return msgspec.structs.replace(command, occurred_at=at)
 
     async def alone(self, asked: words.Command, outcome: Outcome, chance: random.Random) -> None:
         reply = await self.driver.command(asked, principal=PRINCIPAL)

@@ -394,7 +394,7 @@ class Book:
                 return AlreadyCharged(*key) if before == _content(command) else ChargeDiffers(*key)
             hold = draft.state.holds.get(command.hold or "")
             if command.scope is None and hold is not None:
-                command = replace(command, scope=hold.scope)
+                command = msgspec.structs.replace(command, scope=hold.scope)
         return decide(draft.state, command, units=self.units, place=transaction.place)
 
     def _alert(self, draft: Draft, transaction: Transaction) -> None:

@@ -3,12 +3,15 @@
 Chances come from hypothesis or from a seed alike; what was done is kept as a script that can be done again, in part.
 """
 
+import inspect
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from random import Random
 from typing import Any, Final, get_args
+
+import msgspec
 
 from contracts.accounts import root
 from contracts.money import AMOUNT_MAX
@@ -707,7 +710,7 @@ def differences(one: Any, other: Any) -> Sequence[object]:
 
 
 def _text(command: Command) -> str:
-    fields = {name: getattr(command, name) for name in command.__dataclass_fields__}
+    fields = {name: getattr(command, name) for name in inspect.signature(type(command)).parameters}
     said = ", ".join(f"{name}={value!r}" for name, value in fields.items() if value not in (None, (), "v1", "demo"))
     return f"{type(command).__name__}({said})"
 
@@ -958,14 +961,15 @@ class Chances:
         )
         if self.is_served:
             is_asked_for = made.required or (hold is not None and self.often(40))
-            made = replace(made, scope=made.scope or USES[0], source="tester" if is_asked_for else "demo")
+            source = "tester" if is_asked_for else "demo"
+            made = msgspec.structs.replace(made, scope=made.scope or USES[0], source=source)
         self.world.lines.append(made)
         return made
 
     def charge(self) -> Command:
         if self.world.lines and self.often(6):
             again = self.chance.choice(self.world.lines[-20:])
-            return again if self.often(60) else replace(again, price_version="v2")
+            return again if self.often(60) else msgspec.structs.replace(again, price_version="v2")
         return self.line(self.account())
 
     def settle(self) -> Command:
@@ -977,7 +981,8 @@ class Chances:
         return self.line(account, hold=name, final=self.often(80))
 
     def debit(self) -> Command:
-        return replace(self.line(self.account(), required=True), occurred_at=self.world.book.now)
+        line = self.line(self.account(), required=True)
+        return msgspec.structs.replace(line, occurred_at=self.world.book.now)
 
     def reverse(self) -> Command:
         if not self.world.lines or self.often(4):
