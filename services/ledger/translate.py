@@ -1,5 +1,6 @@
 """Between the words of the contracts and the ledger's own: decimal strings and integers, prefixed ids and UUIDs."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -80,6 +81,8 @@ from services.ledger.signing import SignedHeads
 # Of a charge line that nobody gave a time: it occurs when it is recorded. No message can say so.
 WHEN_RECORDED: Final = TIME_MAX
 
+# A problem's pointer to a command of a list.
+_IN_LIST: Final = re.compile(r"/commands/(\d+)(?:/|$)")
 _PREFIXED_HOLD: Final = len("hold_00_")
 _PREFIXED_LOT: Final = len("lot_00_")
 _encode: Final = msgspec.json.Encoder(order="sorted").encode
@@ -954,10 +957,11 @@ def refusal_text(refusal: Refusal, *, partition: int) -> str:
 
 def refused_as(error: Invalid) -> words.Refused | words.Failed:
     """What could not be read, as an answer over request/reply: all problems in the message."""
-    code = error.problems[0].code
-    if code == "invalid":
+    first = error.problems[0]
+    if first.code == "invalid":
         return words.Failed(code="invalid", message=str(error))
-    return words.Refused(code=code, message=str(error))
+    in_list = _IN_LIST.match(first.pointer)
+    return words.Refused(code=first.code, message=str(error), index=None if in_list is None else int(in_list[1]))
 
 
 @lru_cache(maxsize=PARTITION_COUNT * 4)
