@@ -390,14 +390,14 @@ def test_all_problems_of_all_commands_of_a_list_are_named() -> None:
 
 
 def test_who_asked_with_a_list_is_told_which_command_cannot_be_taken() -> None:
-    asked = words.CommandList(commands=(grant(key="1"), grant(amount="9" * 30, key="2")))
+    asked = words.CommandList(commands=(grant(key="1"), grant(amount="9" * 18, key="2")))
     with pytest.raises(Invalid) as caught:
         read_list(asked, UNITS, principal="tester")
     refused = refused_as(caught.value)
     assert isinstance(refused, words.Refused)
     assert (refused.code, refused.index) == ("invalid_amount", 1)
     with pytest.raises(Invalid) as caught:
-        read_command(grant(amount="9" * 30), UNITS, principal="tester")
+        read_command(grant(amount="9" * 18), UNITS, principal="tester")
     alone = refused_as(caught.value)
     assert isinstance(alone, words.Refused)
     assert alone.index is None
