@@ -7,12 +7,38 @@ from typing import Final
 import typer
 from rich.console import Console
 
-from infra.commands import dead_letters, demo, evidence, keyring, ledger, meters, prices, stack, story
+from infra.commands import (
+    aliases,
+    corrections,
+    dead_letters,
+    demo,
+    evidence,
+    keyring,
+    ledger,
+    meters,
+    prices,
+    stack,
+    story,
+    usage,
+)
 from infra.errors import StackError
 
 DEBUG_VARIABLE: Final = "SCRIP_DEBUG"
 
-COMMANDS: Final = (stack, demo, story, ledger, evidence, dead_letters, prices, meters, keyring)
+COMMANDS: Final = (
+    stack,
+    demo,
+    story,
+    ledger,
+    evidence,
+    dead_letters,
+    prices,
+    meters,
+    usage,
+    aliases,
+    corrections,
+    keyring,
+)
 
 app = typer.Typer(
     name="scrip",

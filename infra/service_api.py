@@ -54,6 +54,10 @@ class ServiceApi:
         """The answer to a command."""
         return self._answer("POST", path, params=query, json=body, headers=headers)
 
+    def send(self, path: str, body: bytes) -> Json:
+        """The answer to JSON that is sent as it is written."""
+        return self._answer("POST", path, content=body, headers={"Content-Type": "application/json"})
+
     def stream(self, path: str, query: Query, to: BinaryIO) -> None:
         """Write an answer as it comes. What was cut off is an error."""
         try:

@@ -363,9 +363,12 @@ def show_receipt(
     if found["status"] != "charged":
         waits = f", waits for {found['waits_for']}" if found["waits_for"] else ""
         console.print(f"{event} is {found['status']}{waits}", markup=False, highlight=False)
+        _show_corrections(console, found["corrections"])
         return
     bundle = found["bundle"]
-    place = f"partition {bundle['partition']}, bundle {bundle['number']}, line {bundle['line']}"
+    place = "no line of its own"
+    if bundle is not None:
+        place = f"partition {bundle['partition']}, bundle {bundle['number']}, line {bundle['line']}"
     table = Table(
         "quantity", "count", "price", "tier", "exact", title=f"{event}, under {found['price_version']}: {place}"
     )
@@ -382,6 +385,23 @@ def show_receipt(
     for each in found["amounts"]:
         rounded = "" if each["exact"] is None else f" = {each['exact']}, rounded by {each['rounding']}"
         console.print(f"{each['amount']} {each['unit']}{rounded}", markup=False, highlight=False, soft_wrap=True)
+    _show_corrections(console, found["corrections"])
+
+
+def _show_corrections(console: Console, corrections: Sequence[Json]) -> None:
+    """Print how an event came to be what it is."""
+    for each in corrections:
+        difference = ", ".join(f"{amount} {unit}" for unit, amount in each["difference"].items()) or "no difference"
+        became = "void" if each["to_revision"] is None else each["to_revision"]
+        from_revision = "nothing" if each["from_revision"] is None else f"version {each['from_revision']}"
+        undone = ", undone" if each["undone"] else ""
+        console.print(
+            f"{each['kind']} {each['id']} by {each['actor']}, {from_revision} to {became}: {difference}"
+            f" ({each['reason']}){undone}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _read_time(text: str) -> datetime:

@@ -30,6 +30,7 @@ from services.kit.telemetry import configure_logging, get_logger
 from services.kit.tracing import configure_tracing
 from services.kit.trimmer import Trimmer
 from services.metering import handlers, translate
+from services.metering.correcting.jobs import Corrector
 from services.metering.domain.prices import PriceBook
 from services.metering.engine import PriceKeeper, Rerouter
 from services.metering.handlers import Known
@@ -138,6 +139,7 @@ async def _running(settings: MeteringSettings, readiness: Readiness) -> AsyncIte
             price_book=prices.book,
             notify=notify,
         )
+        corrector = Corrector(writer=writer("corrections"), prices=prices, notify=notify)
         age_max = timedelta(days=settings.metering_age_days_max)
         consumer = next(each for each in CONSUMERS if each.durable == METERING_CONSUMER)
         usage = UsageSubscriber(
@@ -165,6 +167,7 @@ async def _running(settings: MeteringSettings, readiness: Readiness) -> AsyncIte
             essential_task(usage.run(), name="usage"),
             essential_task(prices.run(), name="prices"),
             essential_task(rerouter.run(), name="rerouter"),
+            essential_task(corrector.run(), name="corrections"),
             essential_task(trimmer.run(), name="trimmer"),
         ]
         await broker.start()
@@ -176,9 +179,11 @@ async def _running(settings: MeteringSettings, readiness: Readiness) -> AsyncIte
                 prices=prices,
                 redrive=_redriver(settings, client=client, price_book=prices.book, notify=notify),
                 mapped=rerouter.wake,
+                correcting=corrector.wake,
+                staged=notify,
             )
         finally:
-            for stop in (usage.stop, prices.stop, rerouter.stop, leases.stop, relay.stop, trimmer.stop):
+            for stop in (usage.stop, prices.stop, rerouter.stop, corrector.stop, leases.stop, relay.stop, trimmer.stop):
                 stop()
             await finish_tasks(tasks, deadline_seconds=settings.shutdown_seconds / 2)
 

@@ -480,6 +480,7 @@ async def _charge_set_aside(
             occurred_at=row.occurred_at,
             data=row.data,
             subject=row.subject,
+            revision=row.revision,
         )
         for row in found
     ]

@@ -8,7 +8,9 @@ from pydantic import AwareDatetime, BaseModel
 
 
 class SourceCounters(BaseModel):
-    """What became of a source's events. new = charged + unattributed + unpriced + unmapped: all but the first wait now.
+    """What became of a source's events. new = charged + unattributed + unpriced + unmapped + voided.
+
+    Those in the middle wait now; what was `voided` by a correction counts for nothing.
 
     What was `rerouted` came again, on the subject of the partition it belongs to.
     """
@@ -23,6 +25,7 @@ class SourceCounters(BaseModel):
     charged: int = 0
     unmapped: int = 0
     rerouted: int = 0
+    voided: int = 0
 
 
 class ConflictingReport(BaseModel):
@@ -86,7 +89,7 @@ async def ingest_counters(connection: AsyncConnection[TupleRow], *, source: str 
                    sum(conflicting)::bigint AS conflicting, sum(dead)::bigint AS dead,
                    sum(unattributed)::bigint AS unattributed, sum(unpriced)::bigint AS unpriced,
                    sum(charged)::bigint AS charged, sum(unmapped)::bigint AS unmapped,
-                   sum(rerouted)::bigint AS rerouted
+                   sum(rerouted)::bigint AS rerouted, sum(voided)::bigint AS voided
             FROM ingest_counters WHERE %(source)s::text IS NULL OR source = %(source)s
             GROUP BY source ORDER BY source
             """,

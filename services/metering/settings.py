@@ -3,6 +3,7 @@
 from typing import Annotated
 
 from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services.kit.settings import ServiceSettings
 
@@ -22,3 +23,11 @@ class MeteringSettings(ServiceSettings):
     # A batch goes to the stream as one, and the server takes no more at once.
     metering_batch_events_max: Annotated[int, Field(ge=1, le=1_000)] = 1_000
     metering_attributes_max: Annotated[int, Field(ge=0, le=1_000)] = 32
+
+
+class ArchiveSettings(BaseSettings):
+    """What the command that archives is told: how long ago use happened that it archives, if nobody says when."""
+
+    model_config = SettingsConfigDict(env_prefix="SCRIP_", frozen=True, extra="ignore")
+
+    metering_archive_after_days: Annotated[int, Field(ge=1, le=36_500)] = 400

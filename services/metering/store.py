@@ -40,6 +40,7 @@ class Counts:
     charged: int = 0
     unmapped: int = 0
     rerouted: int = 0
+    voided: int = 0
 
 
 class ChargedLine(NamedTuple):
@@ -65,6 +66,7 @@ class LoggedUsage:
     occurred_at: datetime
     data: str
     subject: str | None
+    revision: int
 
 
 _NOT_CHARGED: Final = (None, None, None, None, None)
@@ -416,13 +418,15 @@ async def find_unpriced(
     async with connection.cursor(row_factory=class_row(LoggedUsage)) as cursor:
         await cursor.execute(
             """
-            SELECT l.partition, l.source, l.event_id, l.account, l.type, l.occurred_at, l.data::text AS data, l.subject
+            SELECT l.partition, l.source, l.event_id, l.account, l.type, l.occurred_at, l.data::text AS data, l.subject,
+                   l.revision
             FROM (SELECT s.partition, s.source, s.event_id, s.occurred_at
                   FROM unnest(%(since)s::timestamptz[], %(until)s::timestamptz[]) AS priced (since, until)
                   JOIN set_aside AS s ON s.partition = %(partition)s AND s.reason = 'unpriced' AND s.key = %(key)s
                        AND s.occurred_at >= coalesce(since, '-infinity') AND s.occurred_at < coalesce(until, 'infinity')
                   LIMIT %(limit)s) AS waiting
             JOIN usage_log AS l USING (partition, occurred_at, source, event_id)
+            WHERE NOT l.superseded
             """,
             {
                 "partition": partition,
@@ -454,14 +458,17 @@ async def find_unattributed(
     `is_alias`: only what other names of the account brought here.
     """
     brought = "JOIN usage_log AS l USING (partition, occurred_at, source, event_id)" if is_alias else ""
+    other = "AND l.subject IS NOT NULL AND NOT l.superseded" if is_alias else ""
     async with connection.cursor(row_factory=class_row(LoggedUsage)) as cursor:
         await cursor.execute(
             f"""
-            SELECT l.partition, l.source, l.event_id, l.account, l.type, l.occurred_at, l.data::text AS data, l.subject
+            SELECT l.partition, l.source, l.event_id, l.account, l.type, l.occurred_at, l.data::text AS data, l.subject,
+                   l.revision
             FROM (SELECT partition, source, event_id, occurred_at FROM set_aside AS s {brought}
                   WHERE partition = %(partition)s AND s.reason = 'unattributed' AND s.key = %(account)s
-                    {"AND l.subject IS NOT NULL" if is_alias else ""} LIMIT %(limit)s) AS waiting
+                    {other} LIMIT %(limit)s) AS waiting
             JOIN usage_log AS l USING (partition, occurred_at, source, event_id)
+            WHERE NOT l.superseded
             """,
             {"partition": partition, "account": account, "limit": limit},
         )
@@ -488,6 +495,7 @@ async def log_charges(connection: Connection, lines: Sequence[ChargedLine]) -> N
              AS c (partition, source, event_id, occurred_at, price_version, line_items, amounts,
                    bundle_number, line_number)
         WHERE (l.partition, l.occurred_at, l.source, l.event_id) = (c.partition, c.occurred_at, c.source, c.event_id)
+          AND NOT l.superseded
         """,
         [
             *keys,
@@ -645,7 +653,7 @@ async def take_waiting(
                     SELECT partition, source, event_id
                     FROM set_aside AS s JOIN usage_log AS l USING (partition, occurred_at, source, event_id)
                     WHERE partition = %(partition)s AND s.reason = %(reason)s AND s.key = %(subject)s
-                      AND l.subject IS NULL LIMIT %(limit)s
+                      AND l.subject IS NULL AND NOT l.superseded LIMIT %(limit)s
                 ) RETURNING source, event_id, occurred_at
             )
             SELECT l.source, l.event_id, l.type, l.occurred_at, s.body_hash, NULL AS body, l.data::text AS data,

@@ -11,6 +11,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Date,
     Index,
     Integer,
     LargeBinary,
@@ -60,7 +61,8 @@ seen = Table(
     postgresql_partition_by="HASH (partition)",
 )
 
-# The permanent log, divided by month of use. `bundle_number` and `line_number` say under which line it was charged.
+# The permanent log, divided by month of use. `bundle_number` and `line_number` say under which line it was charged. Of
+# the versions of a use at most one is not superseded, and it alone counts; of one that is void there is none.
 usage_log = Table(
     "usage_log",
     metadata,
@@ -68,6 +70,7 @@ usage_log = Table(
     _time("occurred_at", primary_key=True),
     Column("source", Text, primary_key=True),
     Column("event_id", Text, primary_key=True),
+    Column("revision", Integer, primary_key=True, autoincrement=False, server_default=text("0")),
     Column("account", Text, nullable=False),
     Column("type", Text, nullable=False),
     _time("recorded_at"),
@@ -81,8 +84,13 @@ usage_log = Table(
     Column("line_number", Integer),
     # As sent, where that is not the account.
     Column("subject", Text),
+    Column("superseded", Boolean, nullable=False, server_default=text("false")),
+    # Of a version that a correction made: what its line charged, and what was given back of earlier ones, in steps.
+    Column("posted", JSONB),
     CheckConstraint(
-        "num_nulls(price_version, line_items, amounts, bundle_number, line_number) IN (0, 5)",
+        "num_nulls(price_version, line_items, amounts) IN (0, 3) AND num_nulls(bundle_number, line_number) IN (0, 2)"
+        " AND (bundle_number IS NULL OR amounts IS NOT NULL)"
+        " AND (revision > 0 OR (amounts IS NULL) = (bundle_number IS NULL))",
         name="usage_log_charged_or_not",
     ),
     Index("usage_log_account", "partition", "account", "occurred_at"),
@@ -104,6 +112,8 @@ set_aside = Table(
     Column("key", Text, nullable=False),
     _time("recorded_at"),
     Column("body", LargeBinary),
+    # How often the body was amended.
+    Column("revision", Integer, nullable=False, server_default=text("0")),
     CheckConstraint("reason IN ('unattributed', 'unpriced', 'unmapped')", name="set_aside_reason"),
     CheckConstraint(
         "(reason = 'unmapped') = (account IS NULL) AND (reason = 'unmapped') = (body IS NOT NULL)",
@@ -184,7 +194,10 @@ ingest_counters = Table(
         Column(name, BigInteger, nullable=False)
         for name in ("new", "duplicate", "conflicting", "dead", "unattributed", "unpriced", "charged")
     ),
-    *(Column(name, BigInteger, nullable=False, server_default=text("0")) for name in ("unmapped", "rerouted")),
+    *(
+        Column(name, BigInteger, nullable=False, server_default=text("0"))
+        for name in ("unmapped", "rerouted", "voided")
+    ),
 )
 
 # Never changed, and never deleted from: every charge names the version it was priced under.
@@ -229,6 +242,88 @@ price_counters = Table(
     _time("period", primary_key=True),
     Column("quantity", Numeric, nullable=False),
     Column("credit", BigInteger, nullable=False),
+)
+
+# What was corrected, why and by whom. Once it is done only an undo changes it. The partition is that of the id.
+corrections = Table(
+    "corrections",
+    metadata,
+    _partition(),
+    Column("id", Text, primary_key=True),
+    Column("kind", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    # What was asked for: under one id only one thing can be.
+    Column("body_hash", LargeBinary, nullable=False),
+    Column("parameters", JSONB, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("actor", Text, nullable=False),
+    _time("recorded_at"),
+    _time("finished_at", nullable=True),
+    # How far a long one is, written with what it did.
+    Column("cursor", JSONB),
+    Column("counts", JSONB, nullable=False),
+    # Signed steps by unit.
+    Column("difference", JSONB, nullable=False),
+    Column("undone_by", Text),
+    Column("undo_reason", Text),
+    _time("undone_at", nullable=True),
+    CheckConstraint("kind IN ('void', 'amend', 'rerate', 'backfill')", name="corrections_kind"),
+    CheckConstraint("state IN ('staging', 'running', 'done', 'undoing', 'undone')", name="corrections_state"),
+    Index("corrections_recorded_at", "recorded_at", "id"),
+    Index("corrections_under_way", "recorded_at", postgresql_where=text("state IN ('running', 'undoing')")),
+)
+
+# What a correction did to which use: from which version to which (null: there was, or is, none).
+correction_items = Table(
+    "correction_items",
+    metadata,
+    _partition(),
+    Column("correction", Text, primary_key=True),
+    Column("source", Text, primary_key=True),
+    Column("event_id", Text, primary_key=True),
+    _time("occurred_at"),
+    Column("account", Text),
+    Column("from_revision", Integer),
+    Column("to_revision", Integer),
+    # The version that says the same now, after later corrections were undone.
+    Column("stands_as", Integer),
+    # Whether the version it made was charged by it.
+    Column("charged", Boolean, nullable=False),
+    Column("difference", JSONB, nullable=False),
+    # By how much counters of periods moved.
+    Column("counted", JSONB),
+    # Of use that waited for an alias: as it was before.
+    Column("body", LargeBinary),
+    _time("recorded_at"),
+    Column("undone", Boolean, nullable=False, server_default=text("false")),
+    Column("undone_revision", Integer),
+    Index("correction_items_event", "partition", "source", "event_id"),
+)
+
+# Events that a backfill is to log, until it is applied and ever after.
+correction_events = Table(
+    "correction_events",
+    metadata,
+    _partition(),
+    Column("correction", Text, primary_key=True),
+    Column("number", BigInteger, nullable=False),
+    Column("source", Text, primary_key=True),
+    Column("event_id", Text, primary_key=True),
+    _time("occurred_at"),
+    Column("body_hash", LargeBinary, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Index("correction_events_number", "partition", "correction", "number", unique=True),
+)
+
+# Months whose use was dropped from the log, and is in files: those of a manifest with this SHA-256.
+archived_months = Table(
+    "archived_months",
+    metadata,
+    Column("month", Date, primary_key=True),
+    Column("rows", BigInteger, nullable=False),
+    Column("amounts", JSONB, nullable=False),
+    Column("manifest_hash", LargeBinary, nullable=False),
+    _time("recorded_at"),
 )
 
 outbox = outbox_table(metadata)

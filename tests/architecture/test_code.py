@@ -26,6 +26,7 @@ LAYERS = (
     "audit",
     "portability",
     "sweeper",
+    "correcting",
     "translate",
     "store",
     "audit_sql",

@@ -2,9 +2,9 @@
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from decimal import Decimal
+from decimal import ROUND_HALF_EVEN, Context, Decimal, localcontext
 from itertools import pairwise
 from typing import Any, Final
 
@@ -15,6 +15,8 @@ from contracts.pricing import (
     Counter,
     NotMeasurable,
     Override,
+    OwnPrice,
+    Period,
     PriceVersion,
     Rate,
     Rated,
@@ -22,6 +24,7 @@ from contracts.pricing import (
     periods,
     rate,
     rate_event,
+    total_of,
 )
 from services.metering.domain.usage import Key, Usage
 
@@ -36,6 +39,10 @@ ALWAYS: Final[Times] = (None, None)
 _VERSION: Final = "version:"
 _TYPE: Final = "type:"
 _LOOKED_AT: Final = "looked_at:"
+# From the shortest to the longest; each lies within one of the next.
+_PERIODS: Final[Sequence[Period]] = ("day", "month", "year")
+# Wide enough that nothing is cut off: what a quantity costs has at most 69 digits.
+_EXACT: Final = Context(prec=100)
 _DATA: Final = msgspec.json.Decoder(float_hook=Decimal)
 
 
@@ -61,6 +68,30 @@ class CountedFirst:
     """A use that costs what the counts of its periods say. They are read, and written, under its partition's head."""
 
     counters: Sequence[CounterKey]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a use was counted as under one price with a period."""
+
+    key: CounterKey
+    price: OwnPrice
+    unit: Unit
+    quantity: Decimal
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What a use was counted as. `fixed` is what it costs, by unit, whatever was counted before."""
+
+    shares: Sequence[Share] = ()
+    fixed: Mapping[str, int] = field(default_factory=dict)
+
+
+def steps_of(price: OwnPrice, quantity: Decimal, *, unit: Unit) -> int:
+    """What a quantity costs in all, in steps, rounded once, half-even."""
+    with localcontext(_EXACT):
+        return int((total_of(price, quantity) * 10**unit.scale).to_integral_value(ROUND_HALF_EVEN))
 
 
 class VersionRefused(ValueError):
@@ -162,17 +193,25 @@ class PriceBook:
         return self._versions[max(bisect_right(self._times, time) - 1, 0) :]
 
     def price(
-        self, usage: Usage, *, counted: Mapping[CounterKey, Counter] | None = None
+        self,
+        usage: Usage,
+        *,
+        counted: Mapping[CounterKey, Counter] | None = None,
+        under: PriceVersion | None = None,
     ) -> Rated | NoPrice | CountedFirst:
         """What a use costs under the version it is pinned to, else under that of its own time, whenever reported.
 
         CountedFirst if that depends on what was used before in a period, unless `counted` says what that was.
+        `under`: that version instead, whatever the use is pinned to.
         """
         used = usage.used
         if used is None:
-            return self._price_event(usage, counted)
+            return self._price_event(usage, counted, under)
         model, pinned = f"{used.provider}/{used.model}", used.price_version
-        if pinned is None:
+        version: PriceVersion | None
+        if under is not None:
+            version, missing = under, model
+        elif pinned is None:
             version, missing = self.version_at(usage.occurred_at), model
         else:
             version = self._by_id.get(pinned)
@@ -184,11 +223,47 @@ class PriceBook:
         except Unpriced as refusal:
             return NoPrice(key=f"{missing} {','.join(refusal.missing)}" if refusal.missing else missing)
 
+    def counts(self, usage: Usage, version: PriceVersion) -> Counts:
+        """What a use that is charged under a version was counted as, and what of its cost no count says."""
+        prices = {price.id: price for price in version.terms(usage.account).own_prices(usage.type) if price.period}
+        if usage.used is not None or not prices:
+            return Counts()
+        # As if nothing had been used before: then its counts are those of the counters.
+        rated = rate_event(
+            usage.type,
+            _read_data(usage.data),
+            occurred_at=usage.occurred_at,
+            price_version=version,
+            units=self._units,
+            account=usage.account,
+        )
+        if rated is None:
+            return Counts()
+        fixed = dict(rated.amounts)
+        shares = []
+        for each in rated.counting:
+            price = prices[each.price_id]
+            unit = self._units[price.unit]
+            fixed[unit.name] -= steps_of(price, each.counter.quantity, unit=unit)
+            key = (usage.partition, usage.account, price.id, each.period)
+            shares.append(Share(key=key, price=price, unit=unit, quantity=each.counter.quantity))
+        return Counts(tuple(shares), fixed)
+
+    def counts_types(self) -> Mapping[str, Period]:
+        """Types of events that some version counts in a period, with the longest one that any does."""
+        found: dict[str, Period] = {}
+        for version in self._versions:
+            layers: Iterable[PriceVersion | Override] = (version, *version.plans.values(), *version.accounts.values())
+            for price in (price for each in layers for price in each.prices):
+                if price.period is not None:
+                    found[price.type] = max(found.get(price.type, price.period), price.period, key=_PERIODS.index)
+        return found
+
     def _price_event(
-        self, usage: Usage, counted: Mapping[CounterKey, Counter] | None
+        self, usage: Usage, counted: Mapping[CounterKey, Counter] | None, under: PriceVersion | None
     ) -> Rated | NoPrice | CountedFirst:
         missing = NoPrice(key=f"{_TYPE}{usage.type}")
-        version = self.version_at(usage.occurred_at)
+        version = self.version_at(usage.occurred_at) if under is None else under
         if version is None:
             return missing
         began = periods(usage.type, occurred_at=usage.occurred_at, price_version=version, account=usage.account)

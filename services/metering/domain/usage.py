@@ -27,7 +27,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     `key` is unique for ever. `subject` is what the producer called the account, and `partition` that of the subject
     until the account is known to be another. `account` is empty while no account has that name. `used` is None for
-    types other than ours. `question` is under what name somebody waits to hear what becomes of it.
+    types other than ours. `question` is under what name somebody waits to hear what becomes of it. `revision` counts
+    the corrections that made it what it is.
     """
 
     key: Key
@@ -44,6 +45,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     context: str | None
     body: bytes
     question: str | None = None
+    revision: int = 0
 
     @property
     def is_mapped(self) -> bool:

@@ -230,7 +230,8 @@ class _Picked:
     ) -> None:
         self.parameters: dict[str, object] = {}
         self._meter = meter
-        self._conditions: list[sql.Composable] = [self._sql("type = {}", meter.event_type)]
+        # Of the versions of a use one counts, or none.
+        self._conditions: list[sql.Composable] = [self._sql("type = {}", meter.event_type), sql.SQL("NOT superseded")]
         since = _later(since, meter.event_from)
         if since is not None:
             self._conditions.append(self._sql("occurred_at >= {}", since))

@@ -389,7 +389,8 @@ ORDER BY occurred_at DESC, source DESC, event_id DESC LIMIT %(limit)s
 
 def _condition(selection: Selection) -> tuple[dict[str, object], sql.Composable]:
     parameters: dict[str, object] = {"since": selection.since, "until": selection.until}
-    times = sql.SQL("occurred_at >= %(since)s AND occurred_at < %(until)s")
+    # Of the versions of a use one counts, or none.
+    times = sql.SQL("occurred_at >= %(since)s AND occurred_at < %(until)s AND NOT superseded")
     if selection.account is None:
         return parameters, times
     parameters |= {"partition": partition_of(selection.account), "account": selection.account}

@@ -8,6 +8,7 @@ from services.kit.auth import require
 from services.kit.dead_letters import DeadLetter, dead_letters_router
 from services.metering.routes.aliases import aliases_router
 from services.metering.routes.backend import Backend, IngestLimits, connection
+from services.metering.routes.corrections import corrections_router
 from services.metering.routes.events import events_router
 from services.metering.routes.meter_queries import meter_queries_router
 from services.metering.routes.meters import meters_router
@@ -34,6 +35,7 @@ def routers(backend: Callable[[], Backend], *, limits: IngestLimits) -> Sequence
         meter_queries_router(backend),
         prices_router(backend),
         receipts_router(backend),
+        corrections_router(backend, limits=limits),
         dead_letters_router(
             connect=lambda: connection(backend()),
             redrive=redrive,

@@ -1,6 +1,6 @@
 """What the routes work on, and what its being away is answered with."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +14,7 @@ from psycopg_pool import PoolTimeout
 
 from services.kit.database import Pool
 from services.kit.dead_letters import DeadLetter
+from services.kit.outbox import OutboxRow
 from services.kit.problems import Problem
 from services.metering.engine import PriceKeeper
 
@@ -32,6 +33,10 @@ class Backend:
     redrive: Callable[[DeadLetter], Awaitable[None]]
     # Told that there is a new alias.
     mapped: Callable[[], None]
+    # Told that there is a correction to go on with.
+    correcting: Callable[[], None]
+    # Told what has been committed to the outbox.
+    staged: Callable[[Sequence[OutboxRow]], None]
 
 
 @dataclass(frozen=True, slots=True)

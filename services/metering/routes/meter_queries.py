@@ -11,9 +11,10 @@ from contracts.envelope import Problem as Finding
 from contracts.times import Time
 from services.kit.auth import require
 from services.kit.problems import Problem
-from services.metering.domain.meters import SUBJECT
+from services.metering.domain.meters import SUBJECT, Meter
 from services.metering.domain.windows import TooManyWindows
 from services.metering.queries.meters import ROWS_MAX, TooManyRows, ask_meter, list_values
+from services.metering.routes.archive import ARCHIVED, of_whole_log
 from services.metering.routes.backend import Backend, asking
 from services.metering.routes.meters import UNKNOWN_METER, needed_meter
 from services.metering.translate.meters import (
@@ -42,12 +43,14 @@ _ANSWERS: Final[dict[int | str, dict[str, Any]]] = {
         f"{ROWS_MAX} rows"
     },
     503: {"description": "The answer takes too long to find: ask for less at once"},
+    **ARCHIVED,
     **UNKNOWN_METER,
 }
 
 _ANSWERS_OF_TEXTS: Final[dict[int | str, dict[str, Any]]] = {
     400: _ANSWERS[400],
     503: _ANSWERS[503],
+    **ARCHIVED,
     **UNKNOWN_METER,
 }
 
@@ -146,7 +149,8 @@ async def _answer(backend: Backend, id_or_slug: str, body: MeterQueryBody, *, re
         meter = read_meter(stored.body)
         try:
             question = read_question(body, meter)
-            rows = await ask_meter(connected, meter, question)
+            async with of_whole_log(connected, since=_counted_from(meter, question.since), until=question.until):
+                rows = await ask_meter(connected, meter, question)
         except InvalidQuestion as error:
             raise _invalid(error.problems, place=place) from error
         except TooManyWindows as error:
@@ -171,9 +175,16 @@ async def _values(backend: Backend, id_or_slug: str, group: str, *, since: str |
         if group != SUBJECT and group not in meter.group_by:
             raise Problem(404, "unknown_group", f"the meter {stored.body.slug!r} has no group {group[:64]!r}")
         try:
-            return await list_values(connected, meter, group, since=first, until=last)
+            async with of_whole_log(connected, since=_counted_from(meter, first), until=last):
+                return await list_values(connected, meter, group, since=first, until=last)
         except TooManyRows as error:
             raise Problem(400, "too_many_rows", str(error)) from error
+
+
+def _counted_from(meter: Meter, since: datetime | None) -> datetime | None:
+    """What happened before a meter's own beginning is none of its business."""
+    found = [each for each in (since, meter.event_from) if each is not None]
+    return max(found) if found else None
 
 
 def _time(name: str, text: str | None, problems: list[Finding]) -> datetime | None:

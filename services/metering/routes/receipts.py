@@ -8,13 +8,17 @@ from fastapi import APIRouter, Depends, Query
 from services.kit.auth import require
 from services.kit.problems import Problem
 from services.metering.queries.receipts import find_receipts
+from services.metering.routes.archive import refuse_archived
 from services.metering.routes.backend import Backend, away_as_problem, connection
 from services.metering.routes.paging import Text
 from services.metering.translate.receipts import Receipt, receipt
 
 _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     404: {"description": "No event of that id was ever reported"},
-    409: {"description": "Several events have that id; the problem names their sources and accounts"},
+    409: {
+        "description": "Several events have that id; the problem names their sources and accounts. "
+        "Or it is archived; `months` says when it was"
+    },
 }
 
 
@@ -28,6 +32,9 @@ def receipts_router(backend: Callable[[], Backend]) -> APIRouter:
             raise _unknown(event_id)
         async with connection(backend()) as connected:
             found = await find_receipts(connected, event_id=event_id, source=source, account=account)
+            for row in found:
+                if not row.is_here:
+                    await refuse_archived(connected, at=row.occurred_at)
         if not found:
             raise _unknown(event_id)
         if len(found) > 1:
@@ -43,7 +50,7 @@ def receipts_router(backend: Callable[[], Backend]) -> APIRouter:
             async with away_as_problem():
                 await prices.refresh()
         version = None if row.price_version is None else prices.book().find(row.price_version)
-        return receipt(row, price_version=version)
+        return receipt(row, price_version=version, units=prices.book().units)
 
     @router.get("/api/v1/receipts", responses=_RESPONSES)
     async def receipt_by_query(

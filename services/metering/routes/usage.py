@@ -2,11 +2,14 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Any, Final, Literal, cast
 from zoneinfo import ZoneInfo
 
 from fastapi import APIRouter, Depends, Query
+from psycopg import AsyncConnection
+from psycopg.rows import TupleRow
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from contracts.accounts import check_account
@@ -26,6 +29,7 @@ from services.metering.queries.usage import (
     UseRow,
     WindowRow,
 )
+from services.metering.routes.archive import ARCHIVED, of_whole_log
 from services.metering.routes.backend import Backend, asking
 from services.metering.routes.paging import Place, cursor, not_a_place, read_cursor
 from services.metering.translate.meters import ZoneName
@@ -83,6 +87,7 @@ _CALL_GROUPS: Final[tuple[Group, ...]] = tuple(name for name in GROUPS if name i
 _WRONG: Final[dict[int | str, dict[str, Any]]] = {
     400: {"description": "Something is wrong with the question; all of it is named"},
     503: {"description": "The answer takes too long to find: ask for less at once"},
+    **ARCHIVED,
 }
 
 Account = Annotated[str | None, Query(description=f"`{EVERYBODY}`: everybody's use")]
@@ -114,7 +119,7 @@ def usage_router(backend: Callable[[], Backend]) -> APIRouter:
         groups = question.groups(group_by, known=GROUPS)
         question.check()
         place = _place_of_groups(after, groups)
-        async with asking(backend()) as connected:
+        async with asking(backend()) as connected, _of_whole(connected, selection):
             found = await usage.usage_after(connected, selection, groups, place, limit=limit + 1)
         page, more = found[:limit], len(found) > limit
         return UsagePage(usage=page, next_after=_cursor_of_groups(page[-1], groups) if more else None)
@@ -156,7 +161,7 @@ def usage_router(backend: Callable[[], Backend]) -> APIRouter:
             until=min(shown[-1], selection.until),
             tree=tree,
         )
-        async with asking(backend()) as connected:
+        async with asking(backend()) as connected, _of_whole(connected, part):
             page = await usage.usage_by_window(connected, part, shown)
         return HistoryPage(history=page, next_after=cursor([shown[0].isoformat()]) if more else None)
 
@@ -177,7 +182,7 @@ def usage_router(backend: Callable[[], Backend]) -> APIRouter:
         selection = Selection(account=question.account(account), since=since, until=until, tree=tree)
         question.check()
         place = _read_place(after, list[str], length=1) if after is not None else None
-        async with asking(backend()) as connected:
+        async with asking(backend()) as connected, _of_whole(connected, selection):
             found = await usage.summaries_after(connected, selection, place, month=month or "", limit=limit + 1)
         page, more = found[:limit], len(found) > limit
         return SummaryPage(summaries=page, next_after=cursor([page[-1].account]) if more else None)
@@ -207,7 +212,7 @@ def _add_calls(router: APIRouter, backend: Callable[[], Backend]) -> None:
         groups = question.groups(group_by, known=_CALL_GROUPS)
         question.check()
         place = _place_of_groups(after, groups)
-        async with asking(backend()) as connected:
+        async with asking(backend()) as connected, _of_whole(connected, selection):
             found = await usage.calls_after(connected, selection, groups, place, limit=limit + 1)
         page, more = found[:limit], len(found) > limit
         return CallsPage(calls=page, next_after=_cursor_of_groups(page[-1], groups) if more else None)
@@ -229,7 +234,7 @@ def _add_calls(router: APIRouter, backend: Callable[[], Backend]) -> None:
         place = _read_place(after, list[str], length=3) if after is not None else None
         if place is not None:
             _read_instant(place[0])
-        async with asking(backend()) as connected:
+        async with asking(backend()) as connected, _of_whole(connected, selection):
             found = await usage.uses_before(connected, selection, place, limit=limit + 1)
         page, last = found[:limit], found[limit - 1] if len(found) > limit else None
         return UsesPage(
@@ -321,6 +326,10 @@ class _Question:
         except ValidationError as error:
             self.wrong(name, error.errors(include_url=False)[0]["msg"].removeprefix("Value error, "))
         return datetime.min.replace(tzinfo=UTC)
+
+
+def _of_whole(connection: AsyncConnection[TupleRow], selection: Selection) -> AbstractAsyncContextManager[None]:
+    return of_whole_log(connection, since=selection.since, until=selection.until)
 
 
 def _place_of_groups(after: str | None, groups: Sequence[Group]) -> list[str] | None:

@@ -1,6 +1,13 @@
 """Where foreign words stop: deliveries and HTTP bodies become usage or letters, charges become the ledger's lines."""
 
-from services.metering.translate.charges import Priced, outbox_row, priced
+from services.metering.translate.charges import (
+    Priced,
+    correction_row,
+    difference_line,
+    outbox_row,
+    priced,
+    reversal_line,
+)
 from services.metering.translate.prices import (
     InvalidVersion,
     PriceBookRow,
@@ -18,6 +25,8 @@ from services.metering.translate.prices import (
 from services.metering.translate.usage import (
     Late,
     TooOld,
+    amended_body,
+    amended_usage,
     dead,
     logged_usage,
     message_id,
@@ -29,6 +38,7 @@ from services.metering.translate.usage import (
     reporter_of,
     rerouted,
     source_of,
+    staged_usage,
     stored_at,
     taken_usage,
     traceparent_of,
@@ -43,7 +53,11 @@ __all__ = [
     "TooOld",
     "VersionDifference",
     "VersionRow",
+    "amended_body",
+    "amended_usage",
+    "correction_row",
     "dead",
+    "difference_line",
     "difference_row",
     "further_as_json",
     "logged_usage",
@@ -62,7 +76,9 @@ __all__ = [
     "redriven",
     "reporter_of",
     "rerouted",
+    "reversal_line",
     "source_of",
+    "staged_usage",
     "stored_at",
     "stored_version",
     "taken_usage",

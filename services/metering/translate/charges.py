@@ -52,9 +52,22 @@ class _Line(msgspec.Struct, omit_defaults=True, gc=False):
     hold: str | None = None
     own_key: bool = False
     traceparent: str | None = None
+    revision: int = 0
 
 
-class _Bundle(msgspec.Struct, gc=False):
+class _Reversal(msgspec.Struct, gc=False):
+    """contracts.metering.ReversalLine."""
+
+    source: str
+    event_id: str
+    revision: int
+    account: str
+    amounts: list[_Amount]
+    correction: str
+    reason: str
+
+
+class _Bundle(msgspec.Struct, omit_defaults=True, gc=False):
     """contracts.metering.ChargesRated."""
 
     type: str
@@ -62,6 +75,7 @@ class _Bundle(msgspec.Struct, gc=False):
     number: int
     recorded_at: datetime
     lines: list[msgspec.Raw]
+    reversals: list[msgspec.Raw] = []
 
 
 class _Item(msgspec.Struct, omit_defaults=True, gc=False):
@@ -102,9 +116,11 @@ def priced(usage: Usage, rated: Rated, *, units: Mapping[str, Unit], traceparent
         scope=_scope_of(usage.type) if used is None else _Scope(used.provider, used.model, used.feature),
         price_version=rated.price_version,
         amounts=amounts,
-        hold=_hold_of(usage) if used is None else used.hold,
+        # A hold is settled by what was reported first.
+        hold=None if usage.revision else _hold_of(usage) if used is None else used.hold,
         own_key=False if used is None else used.own_key,
         traceparent=traceparent,
+        revision=usage.revision,
     )
     items = [
         _Item(
@@ -125,6 +141,47 @@ def priced(usage: Usage, rated: Rated, *, units: Mapping[str, Unit], traceparent
         items=_ENCODER.encode(items).decode(),
         amounts=_ENCODER.encode(amounts).decode(),
     )
+
+
+def difference_line(
+    usage: Usage, amounts: Mapping[str, int], *, price_version: str, units: Mapping[str, Unit]
+) -> msgspec.Raw:
+    """What a correction charges more, as a line of the use's revision."""
+    used = usage.used
+    line = _Line(
+        source=usage.source,
+        event_id=usage.event_id,
+        account=usage.account,
+        occurred_at=usage.occurred_at,
+        scope=_scope_of(usage.type) if used is None else _Scope(used.provider, used.model, used.feature),
+        price_version=price_version,
+        amounts=[_Amount(format_amount(value, units[unit]), unit) for unit, value in amounts.items()],
+        own_key=False if used is None else used.own_key,
+        revision=usage.revision,
+    )
+    return msgspec.Raw(_ENCODER.encode(line))
+
+
+def reversal_line(
+    usage: Usage,
+    amounts: Mapping[str, int],
+    *,
+    revision: int,
+    correction: str,
+    reason: str,
+    units: Mapping[str, Unit],
+) -> msgspec.Raw:
+    """What a correction gives back of the line of a revision of a use."""
+    line = _Reversal(
+        source=usage.source,
+        event_id=usage.event_id,
+        revision=revision,
+        account=usage.account,
+        amounts=[_Amount(format_amount(value, units[unit]), unit) for unit, value in amounts.items()],
+        correction=correction,
+        reason=reason,
+    )
+    return msgspec.Raw(_ENCODER.encode(line))
 
 
 @lru_cache(maxsize=1024)
@@ -152,20 +209,39 @@ def _plain(value: Decimal) -> str:
 
 def outbox_row(bundle: Bundle, lines: Iterable[msgspec.Raw]) -> OutboxRow:
     """A bundle as the message to the ledger. Its bytes are kept, and repeats are identical."""
+    return correction_row(
+        partition=bundle.partition,
+        number=bundle.number,
+        recorded_at=bundle.recorded_at,
+        lines=list(lines),
+        reversals=[],
+    )
+
+
+def correction_row(
+    *,
+    partition: int,
+    number: int,
+    recorded_at: datetime,
+    lines: list[msgspec.Raw],
+    reversals: list[msgspec.Raw],
+) -> OutboxRow:
+    """A bundle of what is given back, and then charged."""
     payload = _ENCODER.encode(
         _Bundle(
             type=CHARGES_RATED,
-            partition=bundle.partition,
-            number=bundle.number,
-            recorded_at=bundle.recorded_at,
-            lines=list(lines),
+            partition=partition,
+            number=number,
+            recorded_at=recorded_at,
+            lines=lines,
+            reversals=reversals,
         )
     )
     return OutboxRow(
-        partition=bundle.partition,
-        number=bundle.number,
-        subject=charges_rated_subject(bundle.partition),
-        message_id=f"metering.{bundle.partition}.{bundle.number}",
+        partition=partition,
+        number=number,
+        subject=charges_rated_subject(partition),
+        message_id=f"metering.{partition}.{number}",
         payload=payload,
-        recorded_at=bundle.recorded_at,
+        recorded_at=recorded_at,
     )

@@ -1,6 +1,6 @@
 """What the log keeps of a charge becomes a receipt: every line to the last digit, their sum, and how it was rounded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Context, Decimal, localcontext
@@ -9,12 +9,13 @@ from typing import Final, Literal
 import msgspec
 from pydantic import AwareDatetime, BaseModel
 
+from contracts.money import Unit, format_amount
 from contracts.pricing import PriceVersion
 
 # Sums of items are exact: none of them has as many digits.
 _EXACT: Final = Context(prec=200)
 
-Status = Literal["charged", "unattributed", "unpriced", "unmapped", "sent_on"]
+Status = Literal["charged", "unattributed", "unpriced", "unmapped", "sent_on", "void"]
 
 
 class ReceiptItem(BaseModel):
@@ -55,9 +56,43 @@ class ReceiptBundle(BaseModel):
     line: int
 
 
+class ReceiptVersion(BaseModel):
+    """A version of an event: as it came (0), or as a correction made it. At most one is not superseded: it counts.
+
+    `amounts` are what it costs in all, by unit; `bundle` has its line, which of a correction is the difference.
+    """
+
+    revision: int
+    superseded: bool
+    recorded_at: AwareDatetime
+    price_version: str | None
+    amounts: dict[str, str]
+    bundle: ReceiptBundle | None
+
+
+class ReceiptCorrection(BaseModel):
+    """What a correction did to an event: from which version to which, null for none; the difference, signed, by unit.
+
+    `undone`: what was before is restored, as version `undone_revision` (null: it is void).
+    """
+
+    id: str
+    kind: str
+    reason: str
+    actor: str
+    recorded_at: AwareDatetime
+    from_revision: int | None
+    to_revision: int | None
+    difference: dict[str, str]
+    undone: bool
+    undone_revision: int | None
+
+
 class Receipt(BaseModel):
     """What became of one event, and what it cost. `waits_for` says what it waits for, if it is not charged yet.
 
+    It is of the version that counts; of an event that is void (`void`), of the last that did. All that it was is in
+    `versions`, and why in `corrections`. Where a correction gave back and charged nothing `bundle` is null.
     `conflicts`: how many reports with other contents came under its id; they are kept apart, and not charged.
     """
 
@@ -76,11 +111,17 @@ class Receipt(BaseModel):
     amounts: list[ReceiptAmount]
     bundle: ReceiptBundle | None
     conflicts: int
+    revision: int = 0
+    versions: list[ReceiptVersion] = []
+    corrections: list[ReceiptCorrection] = []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReceiptRow:
-    """What is stored of an event. Of one that is not logged here most is None; `line_items` and `amounts` are JSON."""
+    """What is stored of an event. Of one that is not logged here most is None.
+
+    `line_items`, `amounts`, `versions` and `corrections` are JSON.
+    """
 
     partition: int
     source: str
@@ -98,11 +139,22 @@ class ReceiptRow:
     reason: Literal["unattributed", "unpriced", "unmapped"] | None
     key: str | None
     conflicts: int
+    revision: int | None
+    is_void: bool
+    versions: str | None
+    corrections: str | None
 
     @property
     def is_here(self) -> bool:
         """Whether it is logged or waits where it was found, and was not sent on."""
-        return self.type is not None or self.reason is not None
+        return self.type is not None or self.reason is not None or self.is_void
+
+    @property
+    def status(self) -> Status:
+        """What became of it."""
+        if self.is_void:
+            return "void"
+        return self.reason or ("charged" if self.price_version is not None else "sent_on")
 
 
 class _StoredAmount(msgspec.Struct):
@@ -114,13 +166,40 @@ _ITEMS: Final = msgspec.json.Decoder(list[dict[str, int | str]])
 _AMOUNTS: Final = msgspec.json.Decoder(list[_StoredAmount])
 
 
-def receipt(row: ReceiptRow, *, price_version: PriceVersion | None) -> Receipt:
+class _StoredVersion(msgspec.Struct):
+    revision: int
+    superseded: bool
+    recorded_at: datetime
+    price_version: str | None
+    amounts: list[_StoredAmount] | None
+    bundle: int | None
+    line: int | None
+
+
+class _StoredCorrection(msgspec.Struct):
+    id: str
+    kind: str
+    reason: str
+    actor: str
+    recorded_at: datetime
+    from_revision: int | None
+    to_revision: int | None
+    difference: dict[str, int]
+    undone: bool
+    undone_revision: int | None
+
+
+_VERSIONS: Final = msgspec.json.Decoder(list[_StoredVersion])
+_CORRECTIONS: Final = msgspec.json.Decoder(list[_StoredCorrection])
+
+
+def receipt(row: ReceiptRow, *, price_version: PriceVersion | None, units: Mapping[str, Unit]) -> Receipt:
     """A receipt. `price_version` is the one it names."""
     items = [ReceiptItem.model_validate(each) for each in _ITEMS.decode(row.line_items or "[]")]
     return Receipt(
         source=row.source,
         id=row.event_id,
-        status=row.reason or ("charged" if row.bundle_number is not None else "sent_on"),
+        status=row.status,
         waits_for=row.key,
         account=row.account,
         subject=row.subject or row.account,
@@ -135,6 +214,37 @@ def receipt(row: ReceiptRow, *, price_version: PriceVersion | None) -> Receipt:
         if row.bundle_number is None or row.line_number is None
         else ReceiptBundle(partition=row.partition, number=row.bundle_number, line=row.line_number),
         conflicts=row.conflicts,
+        revision=row.revision or 0,
+        versions=[_version(each, row.partition) for each in _VERSIONS.decode(row.versions or "[]")],
+        corrections=[_correction(each, units) for each in _CORRECTIONS.decode(row.corrections or "[]")],
+    )
+
+
+def _version(of: _StoredVersion, partition: int) -> ReceiptVersion:
+    return ReceiptVersion(
+        revision=of.revision,
+        superseded=of.superseded,
+        recorded_at=of.recorded_at.astimezone(UTC),
+        price_version=of.price_version,
+        amounts={each.unit: each.amount for each in of.amounts or ()},
+        bundle=None
+        if of.bundle is None or of.line is None
+        else ReceiptBundle(partition=partition, number=of.bundle, line=of.line),
+    )
+
+
+def _correction(of: _StoredCorrection, units: Mapping[str, Unit]) -> ReceiptCorrection:
+    return ReceiptCorrection(
+        id=of.id,
+        kind=of.kind,
+        reason=of.reason,
+        actor=of.actor,
+        recorded_at=of.recorded_at.astimezone(UTC),
+        from_revision=of.from_revision,
+        to_revision=of.to_revision,
+        difference={unit: format_amount(steps, units[unit]) for unit, steps in sorted(of.difference.items())},
+        undone=of.undone,
+        undone_revision=of.undone_revision,
     )
 
 

@@ -292,6 +292,8 @@ def logged_usage(
     occurred_at: datetime,
     data: str,
     subject: str | None = None,
+    context: str | None = None,
+    revision: int = 0,
 ) -> Usage:
     """Use that is in the log already, to be charged now. The log keeps neither its body nor the hash."""
     return Usage(
@@ -306,9 +308,82 @@ def logged_usage(
         body_hash=b"",
         used=ModelUsed.model_validate_json(data) if type == MODEL_USED else None,
         data=data,
-        context=None,
+        context=context,
         body=b"",
+        revision=revision,
     )
+
+
+def amended_usage(usage: Usage, data: bytes) -> Usage:
+    """The use with other data, to be its next version. Raises InvalidEvent with every problem of the data."""
+    said = {
+        "specversion": "1.0",
+        "id": usage.event_id,
+        "source": usage.source,
+        "type": usage.type,
+        "subject": usage.subject,
+        **(msgspec.json.decode(usage.context) if usage.context is not None else {}),
+        "data": msgspec.Raw(data),
+    }
+    event = _checked(msgspec.json.encode(said))
+    return msgspec.structs.replace(
+        usage,
+        used=event.data if isinstance(event, UsageEvent) else None,
+        data=data.decode() if data != b"null" else "{}",
+        revision=usage.revision + 1,
+    )
+
+
+def staged_usage(body: bytes, *, received_at: datetime, since: datetime, until: datetime) -> Usage:
+    """An event of the past that is to be logged, whoever reported it. Raises InvalidEvent with every problem."""
+    event, found_hash = read_usage_event(body)
+    problems = list(
+        report_problems(
+            source=event.source,
+            reporter=event.source,
+            occurred_at=event.time,
+            arrived_at=received_at,
+            price_version=event.data.price_version if isinstance(event, UsageEvent) else None,
+        )
+    )
+    if event.time is None:
+        problems.append(Problem("time", "an event of the past says when it happened"))
+    elif not since <= event.time < until:
+        problems.append(Problem("time", f"the time is not from {since.isoformat()} on and before {until.isoformat()}"))
+    if not is_account(event.subject):
+        problems.append(Problem("subject", "the subject is no account id"))
+    if problems or event.time is None:
+        raise InvalidEvent(tuple(problems))
+    return _usage(
+        event,
+        partition=partition_of(event.subject),
+        occurred_at=event.time.astimezone(UTC),
+        found_hash=found_hash,
+        body=body,
+    )
+
+
+def amended_body(body: bytes, data: bytes) -> bytes:
+    """An event as it came, with other data. Raises InvalidEvent with every problem of the data."""
+    said = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    amended = msgspec.json.encode({**said, "data": msgspec.Raw(data)})
+    _checked(amended)
+    return amended
+
+
+def _checked(body: bytes) -> Event:
+    event, _ = read_usage_event(body, bytes_max=FORWARDED_BYTES_MAX)
+    pinned = event.data.price_version if isinstance(event, UsageEvent) else None
+    problems = report_problems(
+        source=event.source,
+        reporter=event.source,
+        occurred_at=None,
+        arrived_at=_EPOCH,
+        price_version=pinned,
+    )
+    if problems:
+        raise InvalidEvent(tuple(problems))
+    return event
 
 
 def waiting_usage(body: bytes, *, occurred_at: datetime, body_hash: bytes) -> Usage:

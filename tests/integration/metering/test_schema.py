@@ -52,7 +52,7 @@ def test_every_business_table_begins_with_the_partition(owner: Connection[TupleR
         "SELECT relname, attname FROM pg_attribute JOIN pg_class c ON c.oid = attrelid"
         " WHERE relnamespace = 'metering'::regnamespace AND relkind IN ('r', 'p') AND attnum = 1"
     ).fetchall()
-    others = {"schema_version", "members", "dead_letters", "price_versions", "meter_versions"}
+    others = {"schema_version", "members", "dead_letters", "price_versions", "meter_versions", "archived_months"}
     assert {table for table, column in first if column != "partition"} == others
 
 
@@ -96,6 +96,32 @@ def test_logged_use_is_charged_once_and_never_changed(
         "UPDATE usage_log_2026_01 SET data = '[]'",
     ):
         refused(owner, statement, psycopg.errors.RaiseException)
+
+
+def test_a_version_is_superseded_once_and_never_counts_again(
+    runtime: Connection[TupleRow], owner: Connection[TupleRow]
+) -> None:
+    runtime.execute(LOGGED)
+    runtime.execute(CHARGE)
+    second = LOGGED.replace("data)", "data, revision)").replace("'{}')", "'{}', 1)")
+    refused(runtime, LOGGED, psycopg.errors.UniqueViolation)
+    for statement in (
+        "UPDATE usage_log SET superseded = true, amounts = '[1]'",
+        "UPDATE usage_log SET superseded = false",
+    ):
+        refused(runtime, statement, psycopg.errors.RaiseException)
+    refused(runtime, "UPDATE usage_log SET revision = 2", psycopg.errors.InsufficientPrivilege)
+    runtime.execute("UPDATE usage_log SET superseded = true")
+    runtime.execute(second)
+    for connection in (runtime, owner):
+        for change in ("superseded = false", "superseded = true"):
+            refused(connection, f"UPDATE usage_log SET {change} WHERE revision = 0", psycopg.errors.RaiseException)
+    # A later version may cost something and have no line; the first has one.
+    free = "price_version = 'v', line_items = '[]', amounts = '[]'"
+    refused(runtime, f"UPDATE usage_log SET {free} WHERE revision = 1", psycopg.errors.RaiseException)
+    charged = LOGGED.replace("data)", "data, revision, price_version, line_items, amounts)")
+    runtime.execute(charged.replace("'{}')", "'{}', 2, 'v', '[]', '[]')"))
+    refused(runtime, charged.replace("use-1", "use-2").replace("'{}')", "'{}', 0, 'v', '[]', '[]')"))
 
 
 def test_what_was_seen_is_never_forgotten(runtime: Connection[TupleRow], owner: Connection[TupleRow]) -> None:

@@ -86,6 +86,7 @@ async def test_every_form_is_taken_and_charged(driver: Driver) -> None:
             "charged": 7,
             "unmapped": 0,
             "rerouted": 0,
+            "voided": 0,
         }
 
 

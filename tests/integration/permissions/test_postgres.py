@@ -41,7 +41,7 @@ RUNTIME: Final[Mapping[str, Mapping[str, str]]] = {
         "seen": ADD,
         # Only through the whole table.
         **{f"seen_{part}": "" for part in range(8)},
-        "usage_log": "SELECT INSERT UPDATE(amounts,bundle_number,line_items,line_number,price_version)",
+        "usage_log": "SELECT INSERT UPDATE(amounts,bundle_number,line_items,line_number,price_version,superseded)",
         "usage_log_other": "",
         "usage_log_2026_01": "",
         "set_aside": "SELECT INSERT UPDATE(key,reason) DELETE",
@@ -51,11 +51,19 @@ RUNTIME: Final[Mapping[str, Mapping[str, str]]] = {
         "reroutes": "SELECT INSERT DELETE",
         "answers": "SELECT INSERT DELETE",
         "ingest_counters": (
-            "SELECT INSERT UPDATE(charged,conflicting,dead,duplicate,new,rerouted,unattributed,unmapped,unpriced)"
+            "SELECT INSERT"
+            " UPDATE(charged,conflicting,dead,duplicate,new,rerouted,unattributed,unmapped,unpriced,voided)"
         ),
         "price_versions": ADD,
         "meter_versions": ADD,
         "price_counters": "SELECT INSERT UPDATE(credit,quantity)",
+        "corrections": (
+            "SELECT INSERT UPDATE(counts,cursor,difference,finished_at,state,undo_reason,undone_at,undone_by)"
+        ),
+        "correction_items": "SELECT INSERT UPDATE(stands_as,undone,undone_revision)",
+        "correction_events": ADD,
+        # Written by the owner, who drops months and brings them back.
+        "archived_months": READ,
         # The bundles are the record of what was charged.
         "outbox": ADD,
     },
@@ -114,6 +122,8 @@ NEVER: Final[Mapping[str, Mapping[str, str]]] = {
         "usage_log_2026_01": "UPDATE DELETE TRUNCATE",
         "price_versions": "UPDATE DELETE TRUNCATE",
         "meter_versions": "UPDATE DELETE TRUNCATE",
+        "corrections": "DELETE TRUNCATE",
+        "correction_items": "DELETE TRUNCATE",
     },
     "ledger": dict.fromkeys(
         ("journal", "commands", "bundles", "charge_lines", "reversals", "signatures"), "UPDATE DELETE TRUNCATE"
@@ -180,6 +190,7 @@ _VALUES: Final = {
     "uuid": ("'00000000-0000-7000-8000-000000000001'", "'00000000-0000-7000-8000-000000000002'"),
     "jsonb": ("'{}'", "'[]'"),
     "text[]": ("'{}'", "'{other}'"),
+    "date": ("'2026-01-01'", "'2026-02-01'"),
     "timestamp with time zone": ("'2026-01-02Z'", "'2026-01-03Z'"),
     "character varying(32)": ("'one'", "'other'"),
 }
@@ -188,6 +199,7 @@ _VALUES: Final = {
 # Rows beyond the one of ones: every part of a partitioned table has some. What breaks a constraint else.
 _ROWS: Final[Mapping[Place, list[dict[str, str]]]] = {
     Place("metering", "seen"): [{"partition": str(partition)} for partition in range(64)],
+    Place("metering", "corrections"): [{"kind": "'void'", "state": "'done'"}],
     Place("metering", "usage_log"): [{}, {"occurred_at": "'2000-01-01Z'"}],
     Place("ledger", "journal"): [{"unit": "'usd'"}],
     Place("ledger", "signatures"): [{"signature": "decode(repeat('01', 64), 'hex')"}],

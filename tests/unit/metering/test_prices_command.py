@@ -174,14 +174,18 @@ def test_a_receipt_is_shown_with_its_lines_and_its_rounding(monkeypatch: pytest.
         "line_items": '[{"quantity":"n","count":"2.5","unit":"usd","price":"0.0000000003","per":1,'
                       '"exact":"0.00000000075","tier":"above 10","price_id":"renders"}]',
         "amounts": '[{"amount":"0.000000001","unit":"usd"},{"amount":"3","unit":"calls"}]',
-        "reason": None, "key": None, "conflicts": 0,
+        "reason": None, "key": None, "conflicts": 0, "revision": 0, "is_void": False, "versions": None,
+        "corrections": '[{"id":"fix-1","kind":"rerate","reason":"a wrong price","actor":"operator","recorded_at":'
+                       '"2026-11-01T12:00:00Z","from_revision":0,"to_revision":1,"difference":{"usd":-3},'
+                       '"undone":false,"undone_revision":null}]',
     }  # fmt: skip
     waiting = row | dict.fromkeys(("price_version", "bundle_number", "line_number", "line_items", "amounts"))
-    waiting |= {"event_id": "call-2", "reason": "unpriced", "key": "type:render"}
+    waiting |= {"event_id": "call-2", "reason": "unpriced", "key": "type:render", "corrections": None}
 
     def answer(request: httpx2.Request) -> httpx2.Response:
         asked = row if request.url.params["id"] == "call-1" else waiting
-        return httpx2.Response(200, content=receipt(ReceiptRow(**asked), price_version=None).model_dump_json())
+        made = receipt(ReceiptRow(**asked), price_version=None, units=CATALOGUE.units)
+        return httpx2.Response(200, content=made.model_dump_json())
 
     client = ServiceApi("metering", "http://stand-in", httpx2.Client(transport=httpx2.MockTransport(answer)))
     monkeypatch.setattr(prices, "_metering", lambda: client)
@@ -191,6 +195,7 @@ def test_a_receipt_is_shown_with_its_lines_and_its_rounding(monkeypatch: pytest.
     assert "above 10" in shown
     assert "0.000000001 usd = 0.00000000075, rounded by 0.00000000025" in shown
     assert "3 calls\n" in shown
+    assert "rerate fix-1 by operator, version 0 to 1: -0.000000003 usd (a wrong price)" in shown
     assert run("receipt", "call-2").output == "call-2 is unpriced, waits for type:render\n"
 
 

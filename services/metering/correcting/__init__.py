@@ -1,0 +1,4 @@
+"""Corrections of what was charged: void, amend, re-rate, backfill, and their undoing.
+
+Each posts only the difference, in the transaction that changes the log, under the heads of the partitions it touches.
+"""

@@ -1,0 +1,201 @@
+"""Uses that are named: void, and amend. All that were asked for in one transaction, or nothing."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any, Final
+
+import msgspec
+
+from contracts.envelope import InvalidEvent, Problem
+from services.kit.clock import now
+from services.kit.outbox import OutboxRow
+from services.metering import store, translate
+from services.metering.correcting import records, versions
+from services.metering.correcting.changing import Change, Item, Rating, Voided, WaitsForAlias, write
+from services.metering.correcting.records import Correction, NewCorrection, Progress
+from services.metering.correcting.versions import Found, Named, Place
+from services.metering.domain.corrections import Amounts
+from services.metering.domain.prices import PriceBook
+from services.metering.domain.usage import Usage
+from services.metering.store import Connection
+
+# Of a request: they are one transaction.
+EVENTS_MAX: Final = 1_000
+
+_DATA: Final = msgspec.json.Decoder(float_hook=Decimal)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A use that is to be corrected; `data`, as it was written, is what it is to be. None: it is void."""
+
+    named: Named
+    data: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a use that is named cannot be corrected. `code` is stable: unknown_event, ambiguous, not_here, void, ….
+
+    `accounts`: whose it may be, if it is ambiguous.
+    """
+
+    index: int
+    code: str
+    detail: str
+    field: str | None = None
+    accounts: Sequence[str] = ()
+
+
+class Refused(Exception):
+    """Some uses cannot be corrected, so none was."""
+
+    def __init__(self, refusals: Sequence[Refusal]) -> None:
+        super().__init__("; ".join(each.detail for each in refusals[:3]))
+        self.refusals = refusals
+
+
+class CorrectionExists(Exception):
+    """Under that id something else was asked for."""
+
+    def __init__(self, id: str) -> None:
+        super().__init__(f"the correction {id} is recorded, and asks for something else: give this one another id")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a correction came to. `repeated`: it was asked for before, and this is what it came to then."""
+
+    counts: Mapping[str, int] = field(default_factory=dict)
+    difference: Amounts = field(default_factory=dict)
+    items: Sequence[Item] = ()
+    rows: Sequence[OutboxRow] = ()
+    repeated: Correction | None = None
+
+
+async def correct_named(
+    connection: Connection, new: NewCorrection, asked: Sequence[Asked], *, book: PriceBook
+) -> Outcome:
+    """Void or amend uses, in the caller's transaction.
+
+    Raises Refused, CorrectionExists, and VersionNotRead: read the price book and try again.
+    """
+    if not await records.begin(connection, new, state="running", recorded_at=now()):
+        return Outcome(repeated=await _repeated(connection, new))
+    places = await versions.find_places(connection, [each.named for each in asked])
+    heads = await store.lock_heads(connection, {place.partition for each in places for place in each})
+    uses = await versions.find_uses(connection, [place for each in places for place in each])
+    found, refusals = _pick(asked, places, uses)
+    if refusals:
+        raise Refused(refusals)
+    wanted = _wanted(asked, found)
+    rating = await Rating.of(
+        connection, ((each, usage) for (each, usage, _) in wanted if not isinstance(usage, bytes)), book=book
+    )
+    changes = [_change(each, usage, rating) for each, usage, changed in wanted if changed]
+    written = await write(
+        connection,
+        changes,
+        heads=heads,
+        counters=rating.moved(),
+        correction=new.id,
+        reason=new.reason,
+        units=book.units,
+    )
+    await records.add_items(connection, new.id, written.items)
+    counts = {"events": len(asked), "corrected": len(changes), "unchanged": len(asked) - len(changes)}
+    difference: Amounts = total(written.items)
+    await records.write_progress(connection, new.id, Progress("done", None, counts, difference, now()))
+    return Outcome(counts, difference, written.items, written.rows)
+
+
+def total(items: Iterable[Item]) -> dict[str, int]:
+    """What items cost more in all, by unit."""
+    found: dict[str, int] = {}
+    for each in items:
+        found = records.sum_of(found, each.difference)
+    return found
+
+
+async def _repeated(connection: Connection, new: NewCorrection) -> Correction:
+    found = await records.find(connection, new.id)
+    if found is None or found.body_hash != new.body_hash or found.kind != new.kind:
+        raise CorrectionExists(new.id)
+    return found
+
+
+def _pick(
+    asked: Sequence[Asked], places: Sequence[Sequence[Place]], uses: Mapping[Any, Found]
+) -> tuple[list[Found], list[Refusal]]:
+    """The one use that each name means; or why it means none, or may not be corrected so."""
+    picked: list[Found] = []
+    refusals: list[Refusal] = []
+    taken: dict[Any, int] = {}
+    for index, (each, at) in enumerate(zip(asked, places, strict=True)):
+        named = each.named
+        candidates = [uses[place.key] for place in at]
+        here = [found for found in candidates if found.is_here and named.account in (None, found.account)]
+        said = f"{named.source}/{named.event_id}"
+        if len(here) == 1 and (first := taken.setdefault(here[0].place.key, index)) != index:
+            refusals.append(Refusal(index, "named_twice", f"{said} is named twice, at {first} and at {index}"))
+        elif len(here) == 1 and each.data is not None and here[0].is_void:
+            refusals.append(Refusal(index, "void", f"{said} is void: undo that first"))
+        elif len(here) == 1:
+            picked.append(here[0])
+        elif here:
+            accounts = sorted({found.account or "" for found in here})
+            refusals.append(
+                Refusal(index, "ambiguous", f"{len(here)} events are {said}: say of which account", accounts=accounts)
+            )
+        elif candidates and named.account is None:
+            refusals.append(Refusal(index, "not_here", f"{said} is on its way to its account, or archived"))
+        else:
+            refusals.append(Refusal(index, "unknown_event", f"no event {said} was ever reported"))
+    return picked, refusals
+
+
+def _wanted(asked: Sequence[Asked], found: Sequence[Found]) -> list[tuple[Found, Usage | bytes | None, bool]]:
+    """What each use is to be (None: void; bytes: the body of one that is unmapped), and whether it is that not yet."""
+    wanted: list[tuple[Found, Usage | bytes | None, bool]] = []
+    refusals = []
+    for index, (each, use) in enumerate(zip(asked, found, strict=True)):
+        try:
+            wanted.append(_wanted_of(each.data, use))
+        except InvalidEvent as error:
+            refusals += [_invalid(index, problem) for problem in error.problems]
+    if refusals:
+        raise Refused(refusals)
+    return wanted
+
+
+def _wanted_of(data: bytes | None, found: Found) -> tuple[Found, Usage | bytes | None, bool]:
+    if data is None:
+        return found, None, not found.is_void
+    if found.current is not None:
+        usage = msgspec.structs.replace(found.current.usage(), revision=found.next_revision - 1)
+        return found, translate.amended_usage(usage, data), _differs(found.current.data.encode(), data)
+    assert found.waiting is not None
+    assert found.waiting.body is not None
+    body = translate.amended_body(found.waiting.body, data)
+    before = msgspec.json.decode(found.waiting.body, type=dict[str, msgspec.Raw]).get("data", msgspec.Raw(b"{}"))
+    return found, body, _differs(bytes(before), data)
+
+
+def _differs(before: bytes, after: bytes) -> bool:
+    return bool(_DATA.decode(before) != _DATA.decode(after))
+
+
+def _invalid(index: int, problem: Problem) -> Refusal:
+    return Refusal(index, "invalid_data", problem.message, field=problem.field)
+
+
+def _change(found: Found, wanted: Usage | bytes | None, rating: Rating) -> Change:
+    if found.current is not None:
+        rating.take_out(found.current)
+    if wanted is None:
+        return Change(found, Voided(), rating.moves())
+    if isinstance(wanted, bytes):
+        assert found.waiting is not None
+        return Change(found, WaitsForAlias(wanted, found.waiting.key, found.next_revision))
+    return Change(found, rating.rated(wanted), rating.moves())

@@ -1,0 +1,130 @@
+"""Undoing a correction: use by use, by the same difference. What was corrected since is left as it is."""
+
+from datetime import timedelta
+from typing import Final
+
+import msgspec
+
+from contracts.envelope import read_usage_event
+from contracts.partition import PARTITION_COUNT
+from services.metering import store
+from services.metering.correcting import records, versions
+from services.metering.correcting.changing import Change, Rating, Voided, WaitsForAlias, Written, charged_again, write
+from services.metering.correcting.records import RecordedItem
+from services.metering.correcting.rerating import EVENTS_MAX, Counts, Task
+from services.metering.correcting.versions import Found, LoggedVersion, Place
+from services.metering.domain.usage import Usage
+from services.metering.queries.archive import check_not_archived
+from services.metering.store import Connection
+from services.metering.translate.usage import FORWARDED_BYTES_MAX
+
+_START: Final = (-1, "", "")
+
+
+class Cursor(msgspec.Struct):
+    """How far an undoing is: the key of the last use that was looked at."""
+
+    of: int
+    done: int = 0
+    place: tuple[int, str, str] = _START
+
+
+class Undone(msgspec.Struct):
+    """What a transaction came to, and where the next one goes on; None: it was the last."""
+
+    cursor: Cursor | None
+    counts: Counts
+    written: Written
+
+
+async def first_cursor(connection: Connection, correction: str) -> Cursor:
+    """Where it begins, and of how many uses."""
+    cursor = await connection.execute(
+        "SELECT count(*) FROM correction_items WHERE partition = ANY(%s) AND correction = %s",
+        [list(range(PARTITION_COUNT)), correction],
+    )
+    ((count,),) = await cursor.fetchall()
+    return Cursor(of=count)
+
+
+async def undo_slice(connection: Connection, task: Task, cursor: Cursor) -> Undone:
+    """Undo what was done to the next uses, in the caller's transaction. VersionNotRead, PeriodArchived."""
+    items = await records.items_after(connection, task.id, cursor.place, limit=EVENTS_MAX)
+    heads = await store.lock_heads(connection, {each.partition for each in items})
+    places = {
+        each.key: Place(each.partition, each.source, each.event_id, each.occurred_at)
+        for each in items
+        if not each.undone
+    }
+    uses = await versions.find_uses(connection, list(places.values()))
+    for each in uses.values():
+        if not each.is_here:
+            at = each.place.occurred_at
+            await check_not_archived(connection, since=at, until=at + timedelta(microseconds=1))
+    undone = [(each, uses[each.key]) for each in items if each.key in places and _stands(each, uses[each.key])]
+    rating = await Rating.of(
+        connection,
+        [(found, _anew(item, found)) for item, found in undone],
+        book=task.book,
+        further=(each.key for item, _ in undone for each in item.moves),
+    )
+    changes = [_restored(item, found, rating, task) for item, found in undone]
+    written = await write(
+        connection,
+        changes,
+        heads=heads,
+        counters=rating.moved(),
+        correction=task.id,
+        reason=task.reason,
+        units=task.book.units,
+    )
+    revisions = {(each.partition, each.source, each.event_id): each.to_revision for each in written.items}
+    await records.undo_items(connection, [(item, revisions[item.key]) for item, _ in undone])
+    following = None
+    if len(items) == EVENTS_MAX:
+        following = Cursor(of=cursor.of, done=cursor.done + len(items), place=items[-1].key)
+    counts = {"undone": len(undone), "left": len(places) - len(undone)}
+    return Undone(following, counts, written)
+
+
+def _stands(item: RecordedItem, found: Found) -> bool:
+    """Whether the use still is what the correction made of it."""
+    if item.to_revision is None:
+        # Void, and by this: a version later than it was would be somebody else's.
+        last = found.versions[-1].revision if found.versions else item.from_revision
+        return found.is_void and last == item.from_revision
+    if item.body is not None:
+        waiting = found.waiting
+        return waiting is not None and waiting.body is not None and waiting.revision == item.stands_as
+    return found.current is not None and found.revision == item.stands_as
+
+
+def _before(item: RecordedItem, found: Found) -> LoggedVersion | None:
+    """The version that was before the correction, if it is logged."""
+    return next((each for each in found.versions if each.revision == item.from_revision), None)
+
+
+def _anew(item: RecordedItem, found: Found) -> Usage | None:
+    """The use as it was, if it waited: it is charged by what is known now."""
+    before = _before(item, found)
+    if before is None or before.price_version is not None:
+        return None
+    return msgspec.structs.replace(before.usage(), revision=found.next_revision)
+
+
+def _restored(item: RecordedItem, found: Found, rating: Rating, task: Task) -> Change:
+    if found.current is not None and found.current.price_version is not None and not item.charged:
+        # It had waited, and was charged since.
+        rating.take_out(found.current)
+    rating.move_back(item.moves)
+    if item.body is not None:
+        event, _ = read_usage_event(item.body, bytes_max=FORWARDED_BYTES_MAX)
+        last = found.waiting.revision if found.waiting is not None else item.from_revision or 0
+        return Change(found, WaitsForAlias(item.body, event.subject, last + 1))
+    before = _before(item, found)
+    if before is None:
+        return Change(found, Voided())
+    anew = _anew(item, found)
+    if anew is not None:
+        return Change(found, rating.rated(anew))
+    return Change(found, charged_again(before, revision=found.next_revision, units=task.book.units))
