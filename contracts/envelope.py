@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from decimal import Decimal
 from functools import lru_cache
 from hashlib import sha256
@@ -10,11 +11,21 @@ from typing import Annotated, Any, Final, Literal
 from urllib.parse import unquote
 
 import msgspec
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from contracts.accounts import ACCOUNT_LENGTH_MAX, check_account
-from contracts.times import Time
-from contracts.usage import MODEL_USED, ModelUsed
+from contracts.ids import HoldId
+from contracts.times import TIME_MAX, TIME_MIN, Time
+from contracts.usage import (
+    MODEL_USED,
+    AttributeName,
+    ModelName,
+    ModelUsed,
+    PriceVersionId,
+    ProviderName,
+    QuickCall,
+    ServiceTier,
+)
 
 EVENT_BYTES_MAX: Final = 64 << 10
 PROBLEMS_MAX: Final = 100
@@ -171,6 +182,98 @@ def read_usage_event(body: bytes, *, bytes_max: int = EVENT_BYTES_MAX) -> tuple[
     except ValidationError as error:
         raise InvalidEvent(_problems(error)) from error
     return event, body_hash(raw)
+
+
+class QuickEvent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, gc=False):
+    """A UsageEvent without extension attributes, as it is read fast. In the order of names, which is canonical."""
+
+    data: QuickCall
+    id: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    source: str
+    specversion: Literal["1.0"]
+    subject: str
+    # As it was written: that is what is hashed.
+    time: str | None = None
+    type: Literal["scrip.model.used.v1"]
+
+
+class QuickRead(msgspec.Struct, frozen=True, gc=False):
+    """An event that was read fast, and what is worked out of it: `data` is JSON, in canonical form; `time` in UTC."""
+
+    event: QuickEvent
+    time: datetime | None
+    data: str
+    body_hash: bytes
+
+
+_QUICK: Final = msgspec.json.Decoder(QuickEvent)
+# Fields stand in order; what remains are the attributes.
+_QUICK_ENCODER: Final = msgspec.json.Encoder(order="deterministic")
+_QUICK_TIME: Final = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{3}(?:[0-9]{3})?)?(?:Z|\+00:00)"
+)
+
+
+def read_quickly(body: bytes) -> QuickRead | None:
+    """The event of a body of ours, in an eighth of the time; None if anything is odd: `read_usage_event` says what.
+
+    Of what it reads it says the same. That nothing of the body was passed over shows in what comes out: its canonical
+    form is that of the body. Without a backslash no text has a control character, or needs one to be written.
+    """
+    if len(body) > EVENT_BYTES_MAX or b"\\" in body:
+        return None
+    try:
+        event = _QUICK.decode(body)
+        canonical = _QUICK_ENCODER.encode(event)
+        # Most producers write it so.
+        if canonical != body and canonical != _ENCODER.encode(_DECODER.decode(body)):
+            return None
+        time = None if event.time is None else _quick_time(event.time)
+    except (ValueError, ArithmeticError, RecursionError):
+        return None
+    if not _are_valid_texts(event):
+        return None
+    return QuickRead(event, time, _QUICK_ENCODER.encode(event.data).decode(), sha256(canonical).digest())
+
+
+def _quick_time(text: str) -> datetime:
+    """A time in UTC as most are written; ValueError for all others."""
+    if _QUICK_TIME.fullmatch(text) is None:
+        raise ValueError("another form")
+    time = datetime.fromisoformat(text)
+    if not TIME_MIN <= time < TIME_MAX:
+        raise ValueError("out of bounds")
+    return time
+
+
+def _are_valid_texts(event: QuickEvent) -> bool:
+    call = event.data
+    optional = (call.hold, call.feature, call.price_version, call.service_tier)
+    return (
+        is_account(event.subject)
+        and _are_names(event.source, call.provider, call.model)
+        and (optional == _NONE or _is_valid(_OPTIONAL, optional))
+    )
+
+
+_NAMES: Final[TypeAdapter[tuple[str, str, str]]] = TypeAdapter(tuple[SourceName, ProviderName, ModelName])
+_OPTIONAL: Final[TypeAdapter[tuple[str | None, ...]]] = TypeAdapter(
+    tuple[HoldId | None, AttributeName | None, PriceVersionId | None, ServiceTier | None]
+)
+_NONE: Final = (None, None, None, None)
+
+
+@lru_cache(maxsize=4096)
+def _are_names(source: str, provider: str, model: str) -> bool:
+    return _is_valid(_NAMES, (source, provider, model))
+
+
+def _is_valid(adapter: TypeAdapter[Any], value: object) -> bool:
+    try:
+        adapter.validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
 
 
 def body_hash(raw: dict[str, Any]) -> bytes:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from contracts.accounts import path
 from contracts.money import AMOUNT_MAX, Unit
-from contracts.usage import FURTHER_COUNTS, MODEL_USED, PART_OF, ModelUsed
+from contracts.usage import FURTHER_COUNTS, MODEL_USED, PART_OF, ModelUsed, QuickCall
 
 # What a model's rate is for. Of a call: its tokens and whatever else `Counts` has, the call itself, calls of a tool.
 _TOOL: Final = "tool_calls"
@@ -246,6 +246,30 @@ class LineItem(msgspec.Struct, frozen=True, gc=False):
     price_id: str | None = None
 
 
+class PlainItems(msgspec.Struct, frozen=True, gc=False, eq=False):
+    """The items of a call that has tokens alone, made when they are asked for. `of`: its tokens, and the call."""
+
+    plan: "PlainPlan"
+    of: tuple[int, int, int]
+
+    def __iter__(self) -> Iterator[LineItem]:
+        with localcontext(_EXACT):
+            items = [each.item(self.of[each.place]) for each in self.plan.rows]
+        return iter(items)
+
+    def __len__(self) -> int:
+        return len(self.plan.rows)
+
+    def __getitem__(self, place: int) -> LineItem:
+        return tuple(self)[place]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, tuple | PlainItems) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+
 class Counter(msgspec.Struct, frozen=True, gc=False):
     """What was counted under an own price, for an account, in a period. `credit`, in steps, is at most 0.
 
@@ -272,7 +296,7 @@ class Rated(msgspec.Struct, frozen=True, gc=False):
 
     price_version: str
     amounts: Mapping[str, int]
-    items: tuple[LineItem, ...]
+    items: tuple[LineItem, ...] | PlainItems
     counting: tuple[Counting, ...] = ()
 
 
@@ -294,7 +318,7 @@ class NotMeasurable(ValueError):
 
 
 def rate(
-    used: ModelUsed, *, price_version: PriceVersion, units: Mapping[str, Unit], account: str | None = None
+    used: ModelUsed | QuickCall, *, price_version: PriceVersion, units: Mapping[str, Unit], account: str | None = None
 ) -> Rated:
     """Price one call of a model: exact per item, rounded once per unit, half-even, to the unit's step. Raises Unpriced.
 
@@ -308,6 +332,9 @@ def rate(
         raise Unpriced(provider=used.provider, model=used.model, price_version=price_version.id)
     own_key = used.own_key
     # By far most calls have tokens alone, and a price for them.
+    if used.counts is None and not own_key and not terms.has_more and (quick := plan.quick(units)) is not None:
+        of = (used.input_tokens, used.output_tokens, 1)
+        return Rated(price_version.id, quick.amounts(of), PlainItems(quick, of))
     plain = plan.plain if used.counts is None else None
     counts: Mapping[str, int] = {}
     if plain is None or own_key or not plan.covers_plain(units):
@@ -471,6 +498,75 @@ def total_of(price: OwnPrice, quantity: Decimal) -> Decimal:
 # Models, worked out ---------------------------------------------------------------------------------------------------
 
 
+class PlainRow(msgspec.Struct, frozen=True, gc=False):
+    """What every token, or the call, costs by one rate: `price` of `unit` for every `per`.
+
+    That is `steps` for each, divided by ten to the power of `decimals`, of which `decimals_min` are always written.
+    """
+
+    place: int
+    quantity: str
+    unit: str
+    price: Decimal
+    per: int
+    steps: int
+    decimals: int
+    decimals_min: int
+
+    def item(self, count: int) -> LineItem:
+        """The item of so many, in the exact context."""
+        cost = self.price * count
+        exact = cost if self.per == 1 else _divided(cost, self.per)
+        return LineItem(self.quantity, count, self.unit, self.price, self.per, exact)
+
+    def exact_text(self, count: int) -> str:
+        """What so many cost, as `item` says it, as a plain decimal."""
+        if not (decimals := self.decimals):
+            return str(count * self.steps)
+        digits = str(count * self.steps).zfill(decimals + 1)
+        least = len(digits) - decimals + self.decimals_min
+        behind = digits[-decimals:least] + digits[least:].rstrip("0")
+        return f"{digits[:-decimals]}.{behind}" if behind else digits[:-decimals]
+
+
+class PlainPlan:
+    """Rates of calls that have tokens alone, in integers: the same to the last digit as in decimals."""
+
+    def __init__(self, plain: Iterable[tuple[int, str, str, Decimal, int]], units: Mapping[str, Unit]) -> None:
+        self.units = units
+        self.rows = tuple(_plain_row(*each) for each in plain)
+        # By unit what one input token, one output token and the call are in steps, and by what that is to be divided.
+        self._by_unit = []
+        for unit in dict.fromkeys(row.unit for row in self.rows):
+            rows = [row for row in self.rows if row.unit == unit]
+            scale = units[unit].scale
+            shift = max(0, *(row.decimals - scale for row in rows))
+            steps = [0, 0, 0]
+            for row in rows:
+                steps[row.place] += row.steps * 10 ** (shift - row.decimals + scale)
+            self._by_unit.append((unit, *steps, 10**shift))
+
+    def amounts(self, of: tuple[int, int, int]) -> dict[str, int]:
+        """What a call costs, rounded once per unit, half-even."""
+        input_tokens, output_tokens, _ = of
+        amounts = {}
+        for unit, of_input, of_output, of_call, by in self._by_unit:
+            steps = of_input * input_tokens + of_output * output_tokens + of_call
+            if by != 1:
+                steps, rest = divmod(steps, by)
+                if rest * 2 > by or (rest * 2 == by and steps & 1):
+                    steps += 1
+            amounts[unit] = steps
+        return amounts
+
+
+def _plain_row(place: int, quantity: str, unit: str, price: Decimal, per: int) -> PlainRow:
+    decimals_min = max(_decimals(price), 0)
+    decimals = decimals_min + len(str(per)) - 1
+    steps = int(price.scaleb(decimals_min, _EXACT))
+    return PlainRow(place, quantity, unit, price, per, steps, decimals, decimals_min)
+
+
 class _Plan:
     """The rates of a model at a service tier, in the order in which they are listed, as they are computed with."""
 
@@ -485,6 +581,7 @@ class _Plan:
         self._unknown_tier = service_tier is not None and not further
         self._service_tier = service_tier
         plain = [each for each in self.rates if each.quantity in _PLAIN]
+        self._quick: PlainPlan | None = None
         self.plain = (
             None
             if service_tier is not None or any(each.above for each in plain)
@@ -508,6 +605,10 @@ class _Plan:
         self._is_flat = False
         self._in_money: frozenset[str] = frozenset()
         self._covers_plain = True
+
+    def quick(self, units: Mapping[str, Unit]) -> "PlainPlan | None":
+        """For calls that have tokens only, if nothing is missing of them."""
+        return self._quick if self.covers_plain(units) else None
 
     def covers_plain(self, units: Mapping[str, Unit]) -> bool:
         """Whether nothing is missing of a call that has tokens only."""
@@ -595,6 +696,7 @@ class _Plan:
         self._covers_plain = not self._unknown_tier and (not self._in_money or self._is_flat or plain <= self._in_money)
         self._covered = {}
         self._units = units
+        self._quick = None if self.plain is None else PlainPlan(self.plain, units)
 
 
 class _Terms:
@@ -641,7 +743,7 @@ class _Terms:
 
 
 def _add_more(
-    used: ModelUsed,
+    used: ModelUsed | QuickCall,
     terms: _Terms,
     totals: Mapping[str, Decimal],
     exact: dict[str, Decimal],
@@ -659,7 +761,7 @@ def _add_more(
         if each.fixed:
             more.append(LineItem(name, 1, each.unit, each.fixed, 1, each.fixed))
     if prices := terms.own_prices(MODEL_USED):
-        data = used.model_dump(mode="json")
+        data = (used.in_full() if isinstance(used, QuickCall) else used).model_dump(mode="json")
         for price in prices:
             if at_most:
                 most = _most_of(price, data)
@@ -693,7 +795,7 @@ def _is_tokens(quantity: str) -> bool:
     return quantity.endswith("_tokens")
 
 
-def _counted(used: ModelUsed) -> dict[str, int]:
+def _counted(used: ModelUsed | QuickCall) -> dict[str, int]:
     """Every quantity of a call that is not 0, and its tokens and the call."""
     found = {"input_tokens": used.input_tokens, "output_tokens": used.output_tokens, "calls": 1}
     if used.counts is not None:

@@ -8,7 +8,7 @@ import msgspec
 
 from contracts.envelope import Problem
 from contracts.streams import FORWARDED
-from contracts.usage import ModelUsed
+from contracts.usage import ModelUsed, QuickCall
 
 AHEAD_MAX: Final = timedelta(minutes=5)
 AGE_MAX: Final = timedelta(days=35)
@@ -23,7 +23,7 @@ Key = tuple[int, str, str]
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """A usage event that could be read. `data` and `context` are JSON as the producer wrote it; `body` is all of it.
+    """A usage event that could be read. `data` and `context` are JSON as said; `body` is all of it as written.
 
     `key` is unique for ever. `subject` is what the producer called the account, and `partition` that of the subject
     until the account is known to be another. `account` is empty while no account has that name. `used` is None for
@@ -40,7 +40,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     type: str
     occurred_at: datetime
     body_hash: bytes
-    used: ModelUsed | None
+    used: ModelUsed | QuickCall | None
     data: str
     context: str | None
     body: bytes

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from contracts.ids import HoldId, partition_of_id
 from contracts.metering import CHARGES_RATED, MODEL_LENGTH_MAX, OTHER_PROVIDER
 from contracts.money import Unit, format_amount
-from contracts.pricing import Rated
+from contracts.pricing import PlainItems, PlainPlan, PlainRow, Rated
 from contracts.streams import charges_rated_subject
 from services.kit.outbox import OutboxRow
 from services.metering.domain.charging import Bundle
@@ -46,9 +46,9 @@ class _Line(msgspec.Struct, omit_defaults=True, gc=False):
     event_id: str
     account: str
     occurred_at: datetime
-    scope: _Scope
+    scope: _Scope | msgspec.Raw
     price_version: str
-    amounts: list[_Amount]
+    amounts: list[_Amount] | msgspec.Raw
     hold: str | None = None
     own_key: bool = False
     traceparent: str | None = None
@@ -106,6 +106,8 @@ def priced(usage: Usage, rated: Rated, *, units: Mapping[str, Unit], traceparent
     Items are those of money, which is rounded and paid, and of own prices. What caps count of models stands in
     `amounts`, and would double the log.
     """
+    if isinstance(rated.items, PlainItems) and usage.used is not None and not usage.revision:
+        return _priced_plainly(usage, rated, rated.items, units=units, traceparent=traceparent)
     amounts = [_Amount(format_amount(value, units[unit]), unit) for unit, value in rated.amounts.items()]
     used = usage.used
     line = _Line(
@@ -182,6 +184,60 @@ def reversal_line(
         reason=reason,
     )
     return msgspec.Raw(_ENCODER.encode(line))
+
+
+def _priced_plainly(
+    usage: Usage, rated: Rated, items: PlainItems, *, units: Mapping[str, Unit], traceparent: str | None
+) -> Priced:
+    """The same of a call that has tokens alone, as most have, put together of texts."""
+    used = usage.used
+    assert used is not None
+    amounts = ",".join(
+        [
+            f'{{"amount":"{format_amount(value, found) if (found := units[unit]).scale else value}","unit":"{unit}"}}'
+            for unit, value in rated.amounts.items()
+        ]
+    )
+    amounts = f"[{amounts}]"
+    of = items.of
+    written = ",".join(
+        [
+            f'{said}{of[row.place]}{price}{row.exact_text(of[row.place])}"}}'
+            for row, said, price in _shown_rows(items.plan)
+        ]
+    )
+    line = _Line(
+        source=usage.source,
+        event_id=usage.event_id,
+        account=usage.account,
+        occurred_at=usage.occurred_at,
+        scope=_scope_text(used.provider, used.model, used.feature),
+        price_version=rated.price_version,
+        amounts=msgspec.Raw(amounts),
+        hold=used.hold,
+        own_key=used.own_key,
+        traceparent=traceparent,
+    )
+    return Priced(line=msgspec.Raw(_ENCODER.encode(line)), items=f"[{written}]", amounts=amounts)
+
+
+@lru_cache(maxsize=1024)
+def _shown_rows(plan: PlainPlan) -> tuple[tuple[PlainRow, str, str], ...]:
+    """The rates whose items are shown, and what stands before and behind the count of each."""
+    return tuple(
+        (
+            row,
+            f'{{"quantity":"{row.quantity}","count":',
+            f',"unit":"{row.unit}","price":"{_plain(row.price)}","per":{row.per},"exact":"',
+        )
+        for row in plan.rows
+        if plan.units[row.unit].kind == "money"
+    )
+
+
+@lru_cache(maxsize=4096)
+def _scope_text(provider: str, model: str, feature: str | None) -> msgspec.Raw:
+    return msgspec.Raw(_ENCODER.encode(_Scope(provider, model, feature)))
 
 
 @lru_cache(maxsize=1024)

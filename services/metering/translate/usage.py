@@ -20,6 +20,7 @@ from contracts.envelope import (
     UsageEvent,
     binary_attributes,
     is_account,
+    read_quickly,
     read_usage_event,
     structured,
 )
@@ -27,7 +28,7 @@ from contracts.ledger import AccountOpened
 from contracts.partition import PARTITION_COUNT, partition_of, token
 from contracts.streams import FORWARDED, USAGE, usage_subject
 from contracts.times import Time
-from contracts.usage import MODEL_USED, ModelUsed
+from contracts.usage import MODEL_USED, ModelUsed, QuickCall
 from services.kit.dead_letters import DeadLetter, Letter, Unreadable, letter_of
 from services.kit.publish import Message
 from services.kit.redelivery import place_of
@@ -42,8 +43,6 @@ from services.metering.domain.usage import (
     reroute,
 )
 
-Event = UsageEvent | OtherEvent
-
 # What metering says of what it sends on, or what somebody waits to hear of. Believed on its own subjects only.
 ACCOUNT_HEADER: Final = "Scrip-Account"
 OCCURRED_AT_HEADER: Final = "Scrip-Occurred-At"
@@ -53,7 +52,8 @@ QUESTION_HEADER: Final = "Scrip-Question"
 # With its time filled in, or written anew from the log, an event may be longer than it was.
 FORWARDED_BYTES_MAX: Final = 240 << 10
 
-_PARTITIONS: Final = {token(partition): partition for partition in range(PARTITION_COUNT)}
+_TOKENS: Final = tuple(token(partition) for partition in range(PARTITION_COUNT))
+_PARTITIONS: Final = {each: partition for partition, each in enumerate(_TOKENS)}
 # What most messages have, and no attributes of binary mode are among.
 _OF_NATS: Final = frozenset(
     {"Nats-Msg-Id", "Nats-Expected-Stream", "Nats-Batch-Id", "Nats-Batch-Sequence", "Nats-Batch-Commit"}
@@ -95,20 +95,20 @@ def read_delivery(message: Msg, *, age_max: timedelta = AGE_MAX) -> Usage | Rero
     try:
         if (headers := message.headers) is not None and not _OF_NATS.issuperset(headers):
             body = _as_structured(headers.items(), body)
-        event, found_hash = read_usage_event(body)
+        report = _read(body)
     except InvalidEvent as error:
         further = _further_problems(body, reporter=reporter, arrived_at=arrived_at, age_max=age_max)
         return dead(message, (*error.problems, *further))
-    occurred_at = arrived_at if event.time is None else event.time.astimezone(UTC)
-    partition = partition_of(event.subject)
-    problems = _report_problems(event, reporter=reporter, occurred_at=occurred_at, arrived_at=arrived_at)
+    occurred_at = arrived_at if report.time is None else report.time
+    partition = partition_of(report.subject)
+    problems = _report_problems(report, reporter=reporter, occurred_at=occurred_at, arrived_at=arrived_at)
     late = age_problems(occurred_at=occurred_at, arrived_at=arrived_at, age_max=age_max)
     if problems:
         return dead(message, (*problems, *late), partition=partition)
-    usage = _usage(event, partition=partition, occurred_at=occurred_at, found_hash=found_hash, body=body)
+    usage = _usage(report, partition=partition, occurred_at=occurred_at, body=body)
     if late:
         return Late(usage=usage, letter=dead(message, late, partition=partition))
-    if partition_token != token(partition):
+    if partition_token != _TOKENS[partition]:
         came_on = _PARTITIONS.get(partition_token, partition)
         return reroute(usage, partition=came_on, to=partition, account=None)
     return usage
@@ -118,24 +118,23 @@ def _read_forwarded(message: Msg, *, partition_token: str) -> Usage | Letter:
     """What metering sent on itself, or published to hear of: who reported it, and when, was looked at before."""
     headers = message.headers or {}
     try:
-        event, found_hash = read_usage_event(message.data, bytes_max=FORWARDED_BYTES_MAX)
+        report = _read(message.data, bytes_max=FORWARDED_BYTES_MAX)
     except InvalidEvent as error:
         return dead(message, error.problems)
     account = headers.get(ACCOUNT_HEADER)
-    partition = partition_of(account or event.subject)
+    partition = partition_of(account or report.subject)
     if partition_token != token(partition):
         place = f"the account is of partition {token(partition)}, the event came on {partition_token}"
         return dead(message, (Problem("subject", place),), partition=partition)
-    occurred_at = stored_at(message) if event.time is None else event.time.astimezone(UTC)
+    occurred_at = stored_at(message) if report.time is None else report.time
     if OCCURRED_AT_HEADER in headers:
         occurred_at = datetime.fromisoformat(headers[OCCURRED_AT_HEADER])
-    if BODY_HASH_HEADER in headers:
-        found_hash = bytes.fromhex(headers[BODY_HASH_HEADER])
+    body_hash = bytes.fromhex(headers[BODY_HASH_HEADER]) if BODY_HASH_HEADER in headers else None
     return _usage(
-        event,
+        report,
         partition=partition,
         occurred_at=occurred_at,
-        found_hash=found_hash,
+        body_hash=body_hash,
         body=message.data,
         account=account,
         question=headers.get(QUESTION_HEADER),
@@ -166,7 +165,7 @@ def source_of(letter: Letter) -> str:
     if reporter != FORWARDED:
         return reporter
     try:
-        return read_usage_event(letter.payload, bytes_max=FORWARDED_BYTES_MAX)[0].source
+        return _read(letter.payload, bytes_max=FORWARDED_BYTES_MAX).source
     except InvalidEvent:
         return reporter
 
@@ -186,18 +185,17 @@ def read_report(
     `question`: somebody waits to hear what becomes of it, so the stream must not take it for a repeat by itself.
     """
     try:
-        event, found_hash = read_usage_event(body)
+        report = _read(body)
     except InvalidEvent as error:
         more = _further_problems(body, reporter=reporter, arrived_at=received_at, age_max=age_max)
         raise InvalidEvent((*error.problems, *more)) from error
-    occurred_at = None if event.time is None else event.time.astimezone(UTC)
-    problems = list(_report_problems(event, reporter=reporter, occurred_at=occurred_at, arrived_at=received_at))
+    occurred_at = report.time
+    problems = list(_report_problems(report, reporter=reporter, occurred_at=occurred_at, arrived_at=received_at))
     late = age_problems(occurred_at=occurred_at, arrived_at=received_at, age_max=age_max)
-    extensions = event.model_extra or {}
-    if SERVER_FILLED in extensions:
+    if SERVER_FILLED in report.extensions:
         problems.append(Problem(SERVER_FILLED, "this attribute is set by ingest alone"))
-    if attributes_max is not None and len(extensions) > attributes_max:
-        said = f"an event has at most {attributes_max} extension attributes, this one has {len(extensions)}"
+    if attributes_max is not None and len(report.extensions) > attributes_max:
+        said = f"an event has at most {attributes_max} extension attributes, this one has {len(report.extensions)}"
         problems.append(Problem("", said))
     if occurred_at is None:
         body = _with_time(body, received_at)
@@ -205,15 +203,16 @@ def read_report(
             problems.append(Problem("", f"with its time filled in the event has more than {EVENT_BYTES_MAX} bytes"))
     if problems:
         raise InvalidEvent((*problems, *late))
-    partition = partition_of(event.subject)
+    partition = partition_of(report.subject)
     if question is not None:
         subject = usage_subject(partition=partition, source=FORWARDED)
         message = Message(subject=subject, payload=body, message_id=None, headers={QUESTION_HEADER: question})
     else:
-        subject = usage_subject(partition=partition, source=event.source)
-        message = Message(subject=subject, payload=body, message_id=message_id(event, found_hash))
+        subject = usage_subject(partition=partition, source=report.source)
+        known_by = message_id(report.source, report.id, report.body_hash)
+        message = Message(subject=subject, payload=body, message_id=known_by)
     if late:
-        raise TooOld(tuple(late), key=(partition, event.source, event.id), message=message)
+        raise TooOld(tuple(late), key=(partition, report.source, report.id), message=message)
     return message
 
 
@@ -223,9 +222,9 @@ def read_binary_report(headers: Collection[tuple[str, str]], data: bytes) -> byt
     return None if attributes is None else structured(attributes, data)
 
 
-def message_id(event: Event, found_hash: bytes) -> str:
+def message_id(source: str, event_id: str, body_hash: bytes) -> str:
     """What a stream knows a repeat by, for as long as its window lasts."""
-    return sha256(f"{event.source}\n{event.id}\n".encode() + found_hash).hexdigest()[:32]
+    return sha256(f"{source}\n{event_id}\n".encode() + body_hash).hexdigest()[:32]
 
 
 def rerouted(stored: Reroute) -> Message:
@@ -257,15 +256,15 @@ def redriven(letter: DeadLetter, *, received_at: datetime, age_max: timedelta = 
     forwarded = reporter == FORWARDED
     try:
         body = letter.payload if forwarded else _as_structured(letter.headers.items(), letter.payload)
-        event, _ = read_usage_event(body)
+        report = _read(body)
     except InvalidEvent as error:
         raise Unreadable(_reason(error.problems), problems=_as_members(error.problems)) from error
-    said = event.time.astimezone(UTC) if event.time is not None else None
+    said = report.time
     # Too old is what was too old then; ahead what is ahead still.
     arrived_at = min(received_at, max(said or letter.received_at, letter.received_at))
-    reporter = event.source if forwarded else reporter
+    reporter = report.source if forwarded else reporter
     problems = (
-        *_report_problems(event, reporter=reporter, occurred_at=said, arrived_at=arrived_at),
+        *_report_problems(report, reporter=reporter, occurred_at=said, arrived_at=arrived_at),
         *age_problems(occurred_at=said, arrived_at=arrived_at, age_max=age_max + AGE_TOLERANCE),
     )
     if problems:
@@ -273,7 +272,7 @@ def redriven(letter: DeadLetter, *, received_at: datetime, age_max: timedelta = 
     headers = {OCCURRED_AT_HEADER: (said or letter.received_at.astimezone(UTC)).isoformat()}
     if forwarded:
         headers = {name: value for name, value in letter.headers.items() if name in _OURS} or headers
-    partition = partition_of(headers.get(ACCOUNT_HEADER) or event.subject)
+    partition = partition_of(headers.get(ACCOUNT_HEADER) or report.subject)
     return Message(
         subject=usage_subject(partition=partition, source=FORWARDED), payload=body, message_id=None, headers=headers
     )
@@ -336,31 +335,17 @@ def amended_usage(usage: Usage, data: bytes) -> Usage:
 
 def staged_usage(body: bytes, *, received_at: datetime, since: datetime, until: datetime) -> Usage:
     """An event of the past that is to be logged, whoever reported it. Raises InvalidEvent with every problem."""
-    event, found_hash = read_usage_event(body)
-    problems = list(
-        report_problems(
-            source=event.source,
-            reporter=event.source,
-            occurred_at=event.time,
-            arrived_at=received_at,
-            price_version=event.data.price_version if isinstance(event, UsageEvent) else None,
-        )
-    )
-    if event.time is None:
+    report = _read(body)
+    problems = list(_report_problems(report, reporter=report.source, occurred_at=report.time, arrived_at=received_at))
+    if report.time is None:
         problems.append(Problem("time", "an event of the past says when it happened"))
-    elif not since <= event.time < until:
+    elif not since <= report.time < until:
         problems.append(Problem("time", f"the time is not from {since.isoformat()} on and before {until.isoformat()}"))
-    if not is_account(event.subject):
+    if not is_account(report.subject):
         problems.append(Problem("subject", "the subject is no account id"))
-    if problems or event.time is None:
+    if problems or report.time is None:
         raise InvalidEvent(tuple(problems))
-    return _usage(
-        event,
-        partition=partition_of(event.subject),
-        occurred_at=event.time.astimezone(UTC),
-        found_hash=found_hash,
-        body=body,
-    )
+    return _usage(report, partition=partition_of(report.subject), occurred_at=report.time, body=body)
 
 
 def amended_body(body: bytes, data: bytes) -> bytes:
@@ -371,7 +356,7 @@ def amended_body(body: bytes, data: bytes) -> bytes:
     return amended
 
 
-def _checked(body: bytes) -> Event:
+def _checked(body: bytes) -> UsageEvent | OtherEvent:
     event, _ = read_usage_event(body, bytes_max=FORWARDED_BYTES_MAX)
     pinned = event.data.price_version if isinstance(event, UsageEvent) else None
     problems = report_problems(
@@ -388,12 +373,12 @@ def _checked(body: bytes) -> Event:
 
 def waiting_usage(body: bytes, *, occurred_at: datetime, body_hash: bytes) -> Usage:
     """Use that waited for its subject to be mapped, as it came."""
-    event, _ = read_usage_event(body, bytes_max=FORWARDED_BYTES_MAX)
+    report = _read(body, bytes_max=FORWARDED_BYTES_MAX)
     return _usage(
-        event,
-        partition=partition_of(event.subject),
+        report,
+        partition=partition_of(report.subject),
         occurred_at=occurred_at.astimezone(UTC),
-        found_hash=body_hash,
+        body_hash=body_hash,
         body=body,
     )
 
@@ -451,6 +436,21 @@ def _as_structured(headers: Collection[tuple[str, str]], body: bytes) -> bytes:
     return body if attributes is None else structured(attributes, body)
 
 
+class _Report(msgspec.Struct, frozen=True, gc=False):
+    """An event as it was reported, whichever way it was read. `time` is in UTC; `data` and `context` are JSON."""
+
+    source: str
+    id: str
+    subject: str
+    type: str
+    time: datetime | None
+    used: ModelUsed | QuickCall | None
+    data: str
+    body_hash: bytes
+    context: str | None = None
+    extensions: Mapping[str, object] = {}
+
+
 class _DataOnly(msgspec.Struct):
     data: msgspec.Raw = msgspec.Raw(b"{}")
 
@@ -458,49 +458,72 @@ class _DataOnly(msgspec.Struct):
 _DATA_ONLY: Final = msgspec.json.Decoder(_DataOnly)
 
 
+def _read(body: bytes, *, bytes_max: int = EVENT_BYTES_MAX) -> _Report:
+    """The event that a body holds. Raises InvalidEvent with every problem."""
+    if (quick := read_quickly(body)) is not None:
+        said = quick.event
+        return _Report(
+            said.source, said.id, said.subject, said.type, quick.time, said.data, quick.data, quick.body_hash
+        )
+    event, body_hash = read_usage_event(body, bytes_max=bytes_max)
+    return _Report(
+        event.source,
+        event.id,
+        event.subject,
+        event.type,
+        None if event.time is None else event.time.astimezone(UTC),
+        event.data if isinstance(event, UsageEvent) else None,
+        "{}" if event.data is None else bytes(_DATA_ONLY.decode(body).data).decode(),
+        body_hash,
+        _context(event),
+        event.model_extra or {},
+    )
+
+
 def _usage(
-    event: Event,
+    report: _Report,
     *,
     partition: int,
     occurred_at: datetime,
-    found_hash: bytes,
     body: bytes,
+    body_hash: bytes | None = None,
     account: str | None = None,
     question: str | None = None,
 ) -> Usage:
+    source, event_id, subject = report.source, report.id, report.subject
     if account is None:
-        account = event.subject if is_account(event.subject) else ""
+        account = subject if is_account(subject) else ""
     return Usage(
-        key=(partition, event.source, event.id),
+        key=(partition, source, event_id),
         partition=partition,
-        source=event.source,
-        event_id=event.id,
-        subject=event.subject,
+        source=source,
+        event_id=event_id,
+        subject=subject,
         account=account,
-        type=event.type,
+        type=report.type,
         occurred_at=occurred_at,
-        body_hash=found_hash,
-        used=event.data if isinstance(event, UsageEvent) else None,
-        data="{}" if event.data is None else bytes(_DATA_ONLY.decode(body).data).decode(),
-        context=_context(event),
+        body_hash=report.body_hash if body_hash is None else body_hash,
+        used=report.used,
+        data=report.data,
+        context=report.context,
         body=body,
         question=question,
     )
 
 
 def _report_problems(
-    event: Event, *, reporter: str, occurred_at: datetime | None, arrived_at: datetime
+    report: _Report, *, reporter: str, occurred_at: datetime | None, arrived_at: datetime
 ) -> Sequence[Problem]:
     return report_problems(
-        source=event.source,
+        source=report.source,
         reporter=reporter,
         occurred_at=occurred_at,
         arrived_at=arrived_at,
-        price_version=event.data.price_version if isinstance(event, UsageEvent) else None,
+        price_version=None if report.used is None else report.used.price_version,
     )
 
 
-def _context(event: Event) -> str | None:
+def _context(event: UsageEvent | OtherEvent) -> str | None:
     further = dict(event.model_extra or {})
     if event.dataschema is not None:
         further["dataschema"] = event.dataschema

@@ -10,8 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from contracts.money import Unit
-from contracts.pricing import PriceVersion, Quantity, Rate, Unpriced, rate
-from contracts.usage import TOKENS_MAX, ModelUsed
+from contracts.pricing import PlainItems, PriceVersion, Quantity, Rate, Unpriced, rate
+from contracts.usage import TOKENS_MAX, Counts, ModelUsed, QuickCall
 
 UNITS: Mapping[str, Unit] = {
     "usd": Unit(name="usd", kind="money", scale=9),
@@ -165,3 +165,31 @@ def test_a_price_that_cannot_be_computed_with_is_refused(price: str) -> None:
 def test_a_price_is_per_a_power_of_ten(per: int) -> None:
     with pytest.raises(ValueError, match="per"):
         Rate(quantity="calls", unit="usd", price=Decimal(1), per=per)
+
+
+@given(uses, st.lists(rates, max_size=6))
+@example(use(input_tokens=1), [Rate(quantity="input_tokens", unit="usd", price=Decimal("1E+3"), per=10)])
+@example(use(), [Rate(quantity="input_tokens", unit="usd", price=Decimal("0.150"), per=1_000_000)])
+@example(use(), [Rate(quantity="calls", unit="usd", price=Decimal("0E-7"), per=1)])
+def test_a_call_of_tokens_alone_is_priced_in_integers_as_in_decimals(used: ModelUsed, listed: list[Rate]) -> None:
+    listed = list({each.place: each for each in listed}.values())
+    # With counts, though none, everything is computed in decimals, item by item.
+    slow = used.model_copy(update={"counts": Counts()})
+    quick = QuickCall(**used.model_dump(include={"provider", "model", "input_tokens", "output_tokens", "own_key"}))
+    prices = version(*listed)
+    if unpriced(used, listed):
+        for call in (used, slow, quick):
+            with pytest.raises(Unpriced):
+                rate(call, price_version=prices, units=UNITS)
+        return
+    wanted = rate(slow, price_version=prices, units=UNITS)
+    for call in (used, quick):
+        rated = rate(call, price_version=prices, units=UNITS)
+        assert rated == wanted
+        assert list(rated.amounts) == list(wanted.amounts)
+        assert [f"{item.exact}" for item in rated.items] == [f"{item.exact}" for item in wanted.items]
+        if isinstance(rated.items, PlainItems):
+            of = rated.items.of
+            assert [row.exact_text(of[row.place]) for row in rated.items.plan.rows] == [
+                f"{item.exact:f}" for item in wanted.items
+            ]

@@ -24,9 +24,11 @@ from contracts.envelope import (
     binary_attributes,
     body_hash,
     is_account,
+    read_quickly,
     read_usage_event,
     structured,
 )
+from contracts.usage import ModelUsed
 from tests.unit.contracts.strategies import (
     Json,
     accounts,
@@ -49,6 +51,7 @@ EVENT: Json = {
     "data": {"provider": "openai", "model": "gpt-4o-mini", "input_tokens": 374, "output_tokens": 44},
 }
 ENCODED = json.dumps(EVENT).encode()
+CANONICAL = json.dumps(EVENT, sort_keys=True, separators=(",", ":")).encode()
 
 
 def read(raw: Json) -> tuple[UsageEvent | OtherEvent, bytes]:
@@ -79,6 +82,90 @@ def shuffled(raw: Json, order: list[int]) -> Json:
 
 
 # --- reading ---
+
+
+def assert_read_alike(body: bytes) -> bool:
+    """Whether a body is read fast. If it is, the contract's model says the same."""
+    if (quick := read_quickly(body)) is None:
+        return False
+    event, digest = read_usage_event(body)
+    assert isinstance(event, UsageEvent)
+    assert quick.body_hash == digest
+    assert quick.time == event.time
+    assert quick.event.data.in_full() == event.data
+    for name in type(event.data).model_fields:
+        assert getattr(quick.event.data, name) == getattr(event.data, name)
+    assert json.loads(quick.data) == json.loads(body)["data"]
+    for name in ("id", "source", "specversion", "subject", "type"):
+        assert getattr(quick.event, name) == getattr(event, name)
+    assert not event.model_extra
+    assert event.dataschema is event.datacontenttype is None
+    return True
+
+
+compact = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+written_anyhow = st.sampled_from(
+    [json.dumps, compact, lambda raw: compact(dict(sorted(raw.items()))), lambda raw: json.dumps(raw, indent=1)]
+)
+
+
+@given(any_events, written_anyhow)
+def test_what_is_read_fast_says_what_the_model_says(raw: Json, write: Any) -> None:
+    body = write(raw).encode()
+    plain = {*EVENT} | {"data"}
+    if assert_read_alike(body):
+        assert {*raw} <= plain
+
+
+any_paths = st.sampled_from(
+    [(name,) for name in (*EVENT, "dataschema", "traceparent")]
+    + [("data", name) for name in (*ModelUsed.model_fields, "other")]
+)
+
+
+@given(any_paths, json_values, st.booleans())
+@example(("data", "input_tokens"), -0.0, True)
+@example(("data", "attributes"), {}, True)
+@example(("data", "hold"), "hold_64_01980000-0000-7000-8000-000000000000", True)
+@example(("data", "feature"), "a\n", True)
+@example(("data", "attributes"), {"a\n": 1}, True)
+@example(("id",), "a\x7f\x85", True)
+@example(("subject",), "a%41", True)
+@example(("time",), "2025-07-01T24:00:00Z", True)
+@example(("time",), "2025-07-01T12:00:00.1234567Z", True)
+@example(("time",), "2025-02-29T12:00:00.123456Z", True)
+@example(("time",), "1969-12-31T23:59:59Z", True)
+@example(("time",), "\u0662025-07-01T12:00:00Z", True)
+def test_anything_in_any_place_is_read_alike_or_not_fast(place: tuple[str, ...], value: Any, tidy: bool) -> None:
+    raw = copy.deepcopy(EVENT)
+    target = raw if len(place) == 1 else raw["data"]
+    target[place[-1]] = value
+    assert_read_alike(json.dumps(raw, sort_keys=tidy, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+
+
+@given(st.data(), st.booleans(), st.binary(max_size=3) | st.sampled_from([b"-0", b"1e3", b'"a":1,', b"\t", b"null"]))
+def test_a_damaged_event_is_read_alike_or_not_fast(data: st.DataObject, tidy: bool, put: bytes) -> None:
+    body = CANONICAL if tidy else ENCODED
+    place, cut = data.draw(st.integers(0, len(body) - 1)), data.draw(st.integers(0, 6))
+    assert_read_alike(body[:place] + put + body[place + cut :])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"attributes": {"endpoint": "/v1/é", "status": 200, "cached": True}},
+        {"feature": "chat", "own_key": True, "service_tier": "flex", "price_version": "2026-11-01"},
+        {"hold": "hold_07_01980000-0000-7000-8000-000000000000"},
+    ],
+)
+@pytest.mark.parametrize("time", ["2025-07-01T12:00:00.000001Z", "2025-07-01T12:00:00+00:00", None])
+def test_events_as_most_are_are_read_fast(more: Json, time: str | None) -> None:
+    raw = EVENT | {"data": EVENT["data"] | more} | {"time": time}
+    if time is None:
+        del raw["time"]
+    for body in (compact(raw).encode(), json.dumps(raw, sort_keys=True, ensure_ascii=False).encode()):
+        assert assert_read_alike(body)
 
 
 @given(any_events)

@@ -19,7 +19,7 @@ from contracts.money import Unit, parse_amount
 from contracts.partition import partition_of, token
 from contracts.pricing import Rate, Rated
 from contracts.streams import LEDGER, USAGE
-from contracts.usage import ModelUsed
+from contracts.usage import ModelUsed, QuickCall
 from services.kit.dead_letters import DeadLetter, Letter, Unreadable
 from services.kit.publish import Message
 from services.metering import translate
@@ -27,6 +27,7 @@ from services.metering.domain.charging import Bundle, Charge
 from services.metering.domain.prices import PriceBook
 from services.metering.domain.usage import AGE_MAX, AGE_TOLERANCE, Reroute, Usage, reroute
 from services.metering.translate import Late, TooOld
+from services.metering.translate import usage as usage_translation
 from tests.unit.metering.bad_reports import BAD
 from tests.unit.metering.building import NOON, USD, body, event, price_book, price_version, usage
 
@@ -422,3 +423,74 @@ def test_a_unit_without_decimals_is_written_as_a_whole_number() -> None:
     assert json.loads(translate.priced(usage(1), rated, units={"calls": calls}).amounts) == [
         {"amount": "3", "unit": "calls"}
     ]
+
+
+@given(
+    event_id=st.text(st.characters(codec="utf-8", min_codepoint=0x20), min_size=1, max_size=40),
+    tokens=st.tuples(st.integers(0, 10**9), st.integers(0, 10**9)),
+    price=st.decimals(0, 100, places=7),
+    feature=st.none() | st.just("chat"),
+    hold=st.none() | st.just("hold_07_01980000-0000-7000-8000-000000000000"),
+    traceparent=st.none() | st.just("00-1"),
+)
+def test_a_charge_put_together_of_texts_is_the_one_that_is_built(
+    *,
+    event_id: str,
+    tokens: tuple[int, int],
+    price: Decimal,
+    feature: str | None,
+    hold: str | None,
+    traceparent: str | None,
+) -> None:
+    units = {"usd": USD, "calls": Unit(name="calls", kind="cap", scale=0)}
+    rates = (
+        Rate(quantity="input_tokens", unit="usd", price=price, per=1_000_000),
+        Rate(quantity="calls", unit="calls", price=Decimal(1), per=1),
+        Rate(quantity="output_tokens", unit="usd", price=price * 4, per=1_000),
+    )
+    version = replace(price_version(), rates={("openai", "gpt-4o-mini"): rates})
+    used = ModelUsed(
+        provider="openai",
+        model="gpt-4o-mini",
+        input_tokens=tokens[0],
+        output_tokens=tokens[1],
+        feature=feature,
+        hold=hold,
+    )
+    use = usage(1, event_id=event_id, used=used)
+    quick = PriceBook([version], units=units).price(use)
+    assert isinstance(quick, Rated)
+    built = msgspec.structs.replace(quick, items=tuple(quick.items))
+    assert translate.priced(use, quick, units=units, traceparent=traceparent) == translate.priced(
+        use, built, units=units, traceparent=traceparent
+    )
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "source": st.sampled_from(["gateway", "metering", "Demo"]),
+            "subject": st.sampled_from(["acme-2", "a b", "acme-1/x"]),
+            "time": st.integers(-4_000_000, 4_000).map(lambda s: (STORED_AT + timedelta(seconds=s)).isoformat()),
+            "data_price_version": st.just("v1"),
+            "data_input_tokens": st.integers(-1, 2),
+            "data_counts": st.just({"cached_input_tokens": 1}),
+            "traceparent": st.just("00-1"),
+        },
+    ),
+    st.sampled_from(["demo", "gateway"]),
+)
+def test_a_delivery_is_read_fast_as_it_is_read_slowly(changes: dict[str, Any], reporter: str) -> None:
+    payload = body(1, **changes)
+    quick = read(payload, reporter=reporter)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(usage_translation, "read_quickly", lambda _: None)
+        slow = read(payload, reporter=reporter)
+    assert type(quick) is type(slow)
+    if isinstance(quick, Usage) and isinstance(slow, Usage):
+        assert json.loads(quick.data) == json.loads(slow.data)
+        if isinstance(quick.used, QuickCall):
+            quick = msgspec.structs.replace(quick, used=quick.used.in_full())
+        slow = msgspec.structs.replace(slow, data=quick.data)
+    assert quick == slow
