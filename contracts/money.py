@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 AMOUNT_MAX = 10**18
 SCALE_MAX = 9
 
+# With no more digits before the point, and up to 9 behind it, it is less than AMOUNT_MAX.
+_SHORT = 9
 _AMOUNT_PATTERN = r"^-?(0|[1-9][0-9]{0,18})(\.[0-9]{1,9})?$"
 _AMOUNT = re.compile(r"(-?)(0|[1-9][0-9]{0,18})(?:\.([0-9]{1,9}))?")
 
@@ -42,6 +44,16 @@ class Amount(BaseModel):
 
 def parse_amount(text: str, unit: Unit) -> int:
     """The number of the unit's steps that a decimal string stands for. ValueError, never rounding, otherwise."""
+    whole, point, fraction = text.partition(".")
+    if (
+        len(whole) <= _SHORT
+        and whole.isdecimal()
+        and text.isascii()
+        and (whole == "0" or whole[0] != "0")
+        and (fraction.isdecimal() and len(fraction) <= unit.scale if point else True)
+    ):
+        # By far most are: this takes half the time.
+        return int(whole + fraction.ljust(unit.scale, "0"))
     match = _AMOUNT.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not a decimal amount")

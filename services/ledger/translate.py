@@ -511,18 +511,18 @@ class UnreadableBundle(ValueError):
 _Text = Annotated[str, msgspec.Meta(max_length=256)]
 
 
-class _Amount(msgspec.Struct, forbid_unknown_fields=True):
+class _Amount(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     amount: _Text
     unit: _Text
 
 
-class _Scope(msgspec.Struct, forbid_unknown_fields=True):
+class _Scope(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     provider: _Text
     model: _Text
     feature: _Text | None = None
 
 
-class _Line(msgspec.Struct, forbid_unknown_fields=True):
+class _Line(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     source: _Text
     event_id: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
     account: Annotated[str, msgspec.Meta(max_length=400)]
@@ -716,13 +716,13 @@ def _read_line(line: _Line, units: Units, partition: int) -> ChargeLine | None:
         return None
     if len(amounts) > 1 and len({unit for unit, _ in amounts}) != len(amounts):
         return None
-    scope = line.scope
+    scope, occurred_at = line.scope, line.occurred_at
     return ChargeLine(
         source=line.source,
         event_id=line.event_id,
         revision=line.revision,
         account=line.account,
-        occurred_at=at if (at := line.occurred_at).tzinfo is UTC else at.astimezone(UTC),
+        occurred_at=occurred_at if occurred_at.tzinfo is UTC else occurred_at.astimezone(UTC),
         hold=hold,
         scope=_scope(scope.provider, scope.model, scope.feature),
         price_version=line.price_version,
