@@ -79,7 +79,7 @@ async def stage(connection: AsyncConnection[TupleRow], rows: Sequence[OutboxRow]
     await connection.execute(
         """
         INSERT INTO outbox (partition, number, subject, message_id, payload, recorded_at)
-        SELECT * FROM unnest(%s::smallint[], %s::bigint[], %s::text[], %s::text[], %s::bytea[], %s::timestamptz[])
+        SELECT * FROM unnest(%s::smallint[], %s::bigint[], %s::text[], %s::text[], %b::bytea[], %s::timestamptz[])
         """,
         [
             [row.partition for row in rows],

@@ -609,7 +609,8 @@ def _recording_times(heads: Mapping[int, Head]) -> dict[int, datetime]:
 
 async def _ensure_months(usages: Iterable[Usage], *, writer: Writer, known: Known) -> None:
     """Have the log's tables for the batch made, before and apart from its transaction: making one locks the log."""
-    months = {usage.occurred_at.date().replace(day=1) for usage in usages} - known.months
+    times = {(usage.occurred_at.year, usage.occurred_at.month) for usage in usages}
+    months = {date(year, month, 1) for year, month in times} - known.months
     wanted = {month for month in months if month >= store.FIRST_MONTH}
     if wanted:
         async with writer.transaction() as connection:
@@ -695,7 +696,10 @@ def _tally_judged(judged: Judged, new_conflicts: Sequence[Conflict], tally: Tall
 
 
 def _counts(tally: Tally, of: Usage | Reroute) -> Counts:
-    return tally.setdefault((of.partition, of.source), Counts())
+    key = (of.partition, of.source)
+    if (counts := tally.get(key)) is None:
+        counts = tally[key] = Counts()
+    return counts
 
 
 def _total(tally: Tally) -> Counts:

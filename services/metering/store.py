@@ -7,12 +7,14 @@ order of partitions, then the rest, each in key order.
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, date, datetime
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from psycopg import AsyncConnection
 from psycopg.rows import TupleRow, class_row
 
 from contracts.pricing import Counter
+from services.kit.database import copy_text
 from services.metering.domain.charging import Head, Reason, SetAside
 from services.metering.domain.ingest import Conflict, Subject
 from services.metering.domain.prices import CounterKey
@@ -69,7 +71,7 @@ class LoggedUsage:
     revision: int
 
 
-_NOT_CHARGED: Final = (None, None, None, None, None)
+_NOT_CHARGED: Final = ("", "", "", "", "")
 COUNTERS: Final = tuple(field.name for field in fields(Counts))
 
 
@@ -84,26 +86,31 @@ async def claim(connection: Connection, firsts: Sequence[Usage]) -> dict[Key, by
     await connection.execute(
         """
         CREATE TEMPORARY TABLE IF NOT EXISTS claims (
-            partition smallint, source text, event_id text, body_hash bytea, occurred_at timestamptz
+            partition smallint, source text, event_id text, body_hash text, occurred_at timestamptz
         ) ON COMMIT DELETE ROWS
         """
     )
     async with (
         connection.cursor() as cursor,
-        cursor.copy("COPY pg_temp.claims (partition, source, event_id, body_hash, occurred_at) FROM STDIN") as copy,
+        cursor.copy(
+            "COPY pg_temp.claims (partition, source, event_id, body_hash, occurred_at) FROM STDIN (NULL '')"
+        ) as copy,
     ):
-        for usage in firsts:
-            await copy.write_row((usage.partition, usage.source, usage.event_id, usage.body_hash, usage.occurred_at))
+        rows = [(str(u.partition), u.source, u.event_id, u.body_hash.hex(), _text(u.occurred_at)) for u in firsts]
+        await copy.write(copy_text(rows))
     cursor = await connection.execute(
         """
         WITH claimed AS (
             INSERT INTO seen (partition, source, event_id, body_hash, occurred_at)
-            SELECT partition, source, event_id, body_hash, occurred_at FROM pg_temp.claims
+            SELECT partition, source, event_id, decode(body_hash, 'hex'), occurred_at FROM pg_temp.claims
             ORDER BY partition, source, event_id
             ON CONFLICT DO NOTHING
             RETURNING partition, source, event_id
         )
-        SELECT partition, source, event_id FROM pg_temp.claims EXCEPT SELECT partition, source, event_id FROM claimed
+        SELECT partition, source, event_id FROM pg_temp.claims
+        -- Mostly all are: then none is looked for.
+        WHERE (SELECT count(*) FROM claimed) < (SELECT count(*) FROM pg_temp.claims)
+          AND (partition, source, event_id) NOT IN (SELECT partition, source, event_id FROM claimed)
         """
     )
     known = await cursor.fetchall()
@@ -192,27 +199,39 @@ async def log_usage(
         cursor.copy(
             """
             COPY usage_log (partition, occurred_at, source, event_id, account, type, recorded_at, data, context,
-                            subject, price_version, line_items, amounts, bundle_number, line_number) FROM STDIN
+                            subject, price_version, line_items, amounts, bundle_number, line_number)
+            FROM STDIN (NULL '')
             """
         ) as copy,
     ):
-        for usage in usages:
-            line = charged.get(usage.key)
-            await copy.write_row(
-                (
-                    usage.partition,
-                    usage.occurred_at,
-                    usage.source,
-                    usage.event_id,
-                    usage.account,
-                    usage.type,
-                    recorded_at[usage.partition],
-                    usage.data,
-                    usage.context,
-                    None if usage.subject == usage.account else usage.subject,
-                    *(line[1:] if line else _NOT_CHARGED),
-                )
-            )
+        times = {partition: str(time) for partition, time in recorded_at.items()}
+        await copy.write(copy_text([_log_row(usage, charged.get(usage.key), times) for usage in usages]))
+
+
+@lru_cache(maxsize=16_384)
+def _text(time: datetime) -> str:
+    """A time as it is copied: of a use, twice in a batch."""
+    return str(time)
+
+
+def _log_row(usage: Usage, line: ChargedLine | None, recorded_at: Mapping[int, str]) -> tuple[str, ...]:
+    return (
+        str(usage.partition),
+        _text(usage.occurred_at),
+        usage.source,
+        usage.event_id,
+        usage.account,
+        usage.type,
+        recorded_at[usage.partition],
+        usage.data,
+        usage.context or "",
+        "" if usage.subject == usage.account else usage.subject,
+        *(
+            _NOT_CHARGED
+            if line is None
+            else (line.price_version, line.line_items, line.amounts, str(line.bundle_number), str(line.line_number))
+        ),
+    )
 
 
 async def set_aside(connection: Connection, found: Sequence[SetAside], *, recorded_at: Mapping[int, datetime]) -> None:

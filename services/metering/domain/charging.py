@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final, Literal, assert_never
 
+import msgspec
+
 from contracts.metering import LINES_MAX
 from contracts.pricing import Rated
 from services.metering.domain.prices import NoPrice
@@ -16,8 +18,7 @@ Reason = Literal["unattributed", "unpriced", "unmapped"]
 _STEP: Final = timedelta(microseconds=1)
 
 
-@dataclass(frozen=True, slots=True)
-class Charge:
+class Charge(msgspec.Struct, frozen=True, gc=False):
     """A use and what it costs."""
 
     usage: Usage

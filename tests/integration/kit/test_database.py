@@ -13,6 +13,7 @@ from services.kit.database import (
     Pool,
     Writer,
     bootstrap,
+    copy_text,
     database_check,
     durability,
     migrate,
@@ -117,6 +118,36 @@ async def test_a_cancelled_transaction_leaves_nothing_behind(writer: Writer) -> 
             await slow()
     async with writer.transaction() as connection:
         assert await (await connection.execute("SELECT count(*) FROM relayed")).fetchone() == (0,)
+
+
+@pytest.mark.anyio
+async def test_whatever_is_copied_as_text_stands_there_as_it_was(writer: Writer) -> None:
+    odd = [
+        "a",
+        "\\",
+        "\\N",
+        "\\.",
+        "a\tb",
+        "\n",
+        "\r\n",
+        "\\t",
+        "é\x7f\x85\u2028",
+        '"',
+        "'",
+        " a ",
+        "\x01",
+        "\\x41",
+        "{}",
+    ]
+    rows = [(str(number), one, other) for number, (one, other) in enumerate(zip(odd, reversed(odd), strict=True))]
+    async with writer.transaction() as connection:
+        await connection.execute("CREATE TEMPORARY TABLE copied (number int, one text, other text, nothing text)")
+        async with connection.cursor() as cursor, cursor.copy("COPY copied FROM STDIN (NULL '')") as copy:
+            await copy.write(copy_text([(*row, "") for row in rows]))
+            await copy.write(copy_text([]))
+        found = await (await connection.execute("SELECT * FROM copied ORDER BY number")).fetchall()
+        await connection.execute("DROP TABLE copied")
+    assert found == [(int(number), one, other, None) for number, one, other in rows]
 
 
 @pytest.mark.anyio
