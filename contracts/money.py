@@ -44,7 +44,8 @@ class Amount(BaseModel):
 
 def parse_amount(text: str, unit: Unit) -> int:
     """The number of the unit's steps that a decimal string stands for. ValueError, never rounding, otherwise."""
-    whole, point, fraction = text.partition(".")
+    # Of a number, or None, this is a TypeError.
+    whole, point, fraction = str.partition(text, ".")
     if (
         len(whole) <= _SHORT
         and whole.isdecimal()
