@@ -190,7 +190,7 @@ async def test_nothing_is_lost_or_out_of_order_when_server_and_relay_die(
             os.kill(server.process.pid, signal.SIGKILL)
             server.process.wait()
             server.start()
-        # More than once: `asyncio.wait_for` of Python 3.11 forgets that it was cancelled when what it waits for is done.
+        # More than once: `asyncio.wait_for` of Python 3.11 forgets a cancellation when what it waits for is done.
         while not task.done():
             task.cancel()
             await asyncio.wait([task], timeout=1)

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from infra.servers import free_port
 from services.ledger.settings import LedgerSettings
 
 REPOSITORY: Final = Path(__file__).resolve().parents[3]
@@ -19,9 +19,7 @@ class LedgerProcess:
     """`python -m services.ledger.app` on a free port."""
 
     def __init__(self, settings: LedgerSettings, *, log_file: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         environment = {
             "SCRIP_NATS_URL": settings.nats_url,
             "SCRIP_NATS_USER": settings.nats_user,

@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import typer
 from typer.testing import CliRunner
 
 from infra.commands import corrections
+from infra.servers import free_port
 from infra.service_api import ServiceApi
 from services.metering.settings import MeteringSettings
 from tests.integration.metering.correcting import add, agree, named, version
@@ -37,9 +37,7 @@ class MeteringProcess:
     """`python -m services.metering.app` on a free port."""
 
     def __init__(self, settings: MeteringSettings, *, log_file: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         environment = {
             "SCRIP_NATS_URL": settings.nats_url,
             "SCRIP_NATS_USER": settings.nats_user,
