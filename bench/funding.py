@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+import nats.errors
 from nats.aio.client import Client
 
 from contracts.ledger import (
@@ -75,7 +76,12 @@ async def _ask(client: Client, command: OpenAccount | Grant | CommandList) -> No
         partition=partition_of(command.account), command=command.command, principal=OPERATOR
     )
     for _ in range(ATTEMPTS_MAX):
-        message = await client.request(subject, command.model_dump_json().encode(), timeout=10)
+        try:
+            message = await client.request(subject, command.model_dump_json().encode(), timeout=10)
+        except nats.errors.NoRespondersError:
+            # Between two owners of the partition.
+            await asyncio.sleep(0.1)
+            continue
         replies = LIST_REPLIES if isinstance(command, CommandList) else REPLIES
         match replies.validate_json(message.data):
             case Accepted():
