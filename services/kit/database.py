@@ -14,7 +14,7 @@ from alembic.config import Config
 from psycopg import AsyncConnection, Connection, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import TupleRow
-from psycopg_pool import AsyncConnectionPool
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
 from pydantic import SecretStr
 from sqlalchemy import create_engine, pool, text
 
@@ -22,6 +22,8 @@ from services.kit.telemetry import FAULTS, get_logger
 
 log = get_logger(__name__)
 
+# What it raises whose answer may come later: the work is to be tried again.
+DATABASE_AWAY: Final = (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout, TimeoutError, OSError)
 RECONNECT_SECONDS_MIN: Final = 0.05
 RECONNECT_SECONDS_MAX: Final = 2.0
 

@@ -9,18 +9,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Final
 
-import psycopg
 from nats.aio.client import Client
-from psycopg_pool import PoolTimeout
 
 from contracts.money import Unit
 from contracts.pricing import PriceVersion
 from contracts.streams import USAGE
 from services.kit.clock import now
-from services.kit.database import Pool, Writer
+from services.kit.database import DATABASE_AWAY, Pool, Writer
 from services.kit.outbox import OutboxRow
 from services.kit.publish import PublishFailed, publish_batch
 from services.kit.telemetry import FAULTS, get_logger
+from services.kit.worker import Worker
 from services.metering import handlers, store, translate
 from services.metering.domain.prices import PriceBook, is_new
 from services.metering.store import Connection
@@ -32,8 +31,6 @@ CATALOGUE: Final = "catalogue"
 POLL_SECONDS: Final = 1.0
 # How long a use may wait whose batch was priced with a book that another process had extended already.
 SWEEP_SECONDS: Final = 5.0
-
-_DATABASE_AWAY: Final = (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout, TimeoutError, OSError)
 
 
 class PriceKeeper:
@@ -97,7 +94,7 @@ class PriceKeeper:
                 if book is not swept_with or time.monotonic() - swept_at >= self._sweep_seconds:
                     await self.sweep()
                     swept_with, swept_at = book, time.monotonic()
-            except _DATABASE_AWAY as error:
+            except DATABASE_AWAY as error:
                 FAULTS.labels(place="metering.prices").inc()
                 log.error("price book not followed", retry_seconds=self._poll_seconds, error=repr(error))
             except ValueError as error:
@@ -128,7 +125,7 @@ class PriceKeeper:
     async def _charge(self, partition: int, key: str, book: PriceBook) -> None:
         try:
             rows = await handlers.charge_unpriced(partition, key, writer=self._writer, price_book=book)
-        except _DATABASE_AWAY:
+        except DATABASE_AWAY:
             raise
         except Exception as error:
             # What waits under one key must not hold up what waits under others. It is tried again at the next sweep.
@@ -181,7 +178,7 @@ REROUTE_POLL_SECONDS: Final = 0.5
 REROUTE_ROWS_MAX: Final = 500
 
 
-class Rerouter:
+class Rerouter(Worker):
     """Sends on use that belongs to another partition, and finishes what a new alias began.
 
     Of the partitions that this process holds. What it does not finish is found in the tables by whoever is next; what
@@ -200,39 +197,18 @@ class Rerouter:
         poll_seconds: float = REROUTE_POLL_SECONDS,
     ) -> None:
         """`writer` is the rerouter's own. `notify` is told what has been committed to the outbox."""
+        super().__init__(place="metering.reroute", poll_seconds=poll_seconds)
         self._client = client
         self._writer = writer
         self._pool = pool
         self._partitions = partitions
         self._price_book = price_book
         self._notify = notify
-        self._poll_seconds = poll_seconds
-        self._wake = asyncio.Event()
-        self._stopping = False
 
-    def wake(self) -> None:
-        """There is something to be sent on, or a new alias."""
-        self._wake.set()
-
-    def stop(self) -> None:
-        """Let `run` return soon."""
-        self._stopping = True
-        self._wake.set()
-
-    async def run(self) -> None:
-        """Work until `stop`."""
-        while not self._stopping:
-            self._wake.clear()
-            try:
-                await self.map_waiting()
-                if await self.send_on():
-                    continue
-            except _DATABASE_AWAY as error:
-                FAULTS.labels(place="metering.reroute").inc()
-                log.error("use not sent on", retry_seconds=self._poll_seconds, error=repr(error))
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._poll_seconds):
-                    await self._wake.wait()
+    async def round(self) -> bool:
+        """Have what waited for an alias wait no more, and send on."""
+        await self.map_waiting()
+        return await self.send_on()
 
     async def map_waiting(self) -> None:
         """Charge, or have sent on, what waited for aliases that are there now."""
@@ -245,7 +221,7 @@ class Rerouter:
                 return
             try:
                 self._notify(await handlers.charge_mapped(subject, writer=self._writer, price_book=self._price_book()))
-            except _DATABASE_AWAY:
+            except DATABASE_AWAY:
                 raise
             except Exception as error:
                 # What waits under one name must not hold up what waits under others. It is tried again.

@@ -10,13 +10,12 @@ import psycopg
 from faststream.nats import NatsBroker
 from nats.aio.msg import Msg
 from prometheus_client import Counter, Gauge, Histogram
-from psycopg_pool import PoolTimeout
 
 from contracts.envelope import Problem
 from contracts.streams import CONSUMERS, METERING_DIRECTORY_CONSUMER
 from services.kit.broker import pull_subscriber
 from services.kit.clock import now
-from services.kit.database import Writer
+from services.kit.database import DATABASE_AWAY, Writer
 from services.kit.outbox import OutboxRow
 from services.kit.reader import PullReader
 from services.kit.redelivery import place_of, retry_delay_seconds
@@ -57,7 +56,6 @@ BATCH_BYTES_MAX: Final = 16 << 20
 READ_SLICE: Final = 500
 
 # Not the fault of any event: the same batch is tried again.
-_DATABASE_AWAY: Final = (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout, TimeoutError, OSError)
 # An event that Postgres cannot store is as good as unreadable.
 _UNSTORABLE: Final = (psycopg.DataError, psycopg.errors.ProgramLimitExceeded, UnicodeError)
 
@@ -184,7 +182,7 @@ class UsageSubscriber:
         while True:
             try:
                 return await attempt()
-            except _DATABASE_AWAY as error:
+            except DATABASE_AWAY as error:
                 FAULTS.labels(place="metering.database").inc()
                 log.error("batch not committed", messages=len(messages), retry_seconds=delay, error=repr(error))
             # Not acknowledged, and not for others either: they would meet the same database.

@@ -47,8 +47,8 @@ def evolve(state: PartitionState, entry: Entry) -> None:  # noqa: PLR0912, PLR09
     if is_contra(entry.account):
         return
     match entry.kind:
-        # Most are.
-        case "charged":
+        # First, as most are.
+        case "charged" | "reversed" | "adjusted":
             if entry.lot is not None:
                 _add(state, entry)
         case "account_opened":
@@ -75,9 +75,6 @@ def evolve(state: PartitionState, entry: Entry) -> None:  # noqa: PLR0912, PLR09
             lot.voided -= entry.posted
         case "debt_repaid":
             _repay(state, entry)
-        case "reversed" | "adjusted":
-            if entry.lot is not None:
-                _add(state, entry)
         case "transferred":
             if isinstance(entry.details, LotGranted):
                 _grant_lot(state, entry)

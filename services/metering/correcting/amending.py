@@ -12,7 +12,7 @@ from services.kit.clock import now
 from services.kit.outbox import OutboxRow
 from services.metering import store, translate
 from services.metering.correcting import records, versions
-from services.metering.correcting.changing import Change, Item, Rating, Voided, WaitsForAlias, write
+from services.metering.correcting.changing import Change, Item, Rating, Task, Voided, WaitsForAlias, write
 from services.metering.correcting.records import Correction, NewCorrection, Progress
 from services.metering.correcting.versions import Found, Named, Place
 from services.metering.domain.corrections import Amounts
@@ -94,15 +94,7 @@ async def correct_named(
         connection, ((each, usage) for (each, usage, _) in wanted if not isinstance(usage, bytes)), book=book
     )
     changes = [_change(each, usage, rating) for each, usage, changed in wanted if changed]
-    written = await write(
-        connection,
-        changes,
-        heads=heads,
-        counters=rating.moved(),
-        correction=new.id,
-        reason=new.reason,
-        units=book.units,
-    )
+    written = await write(connection, changes, Task(new.id, new.reason, book), heads=heads, counters=rating.moved())
     await records.add_items(connection, new.id, written.items)
     counts = {"events": len(asked), "corrected": len(changes), "unchanged": len(asked) - len(changes)}
     difference: Amounts = total(written.items)

@@ -15,9 +15,9 @@ from psycopg import sql
 from contracts.partition import partition_of
 from services.metering import store, translate
 from services.metering.correcting import records, rerating, versions
-from services.metering.correcting.changing import Change, Rating, Voided, Written, write
+from services.metering.correcting.changing import Change, Rating, Task, Voided, Written, write
 from services.metering.correcting.records import Correction
-from services.metering.correcting.rerating import Counts, Task
+from services.metering.correcting.rerating import Counts
 from services.metering.correcting.versions import Found, Place
 from services.metering.domain.usage import Key, Usage
 from services.metering.store import Connection
@@ -317,15 +317,7 @@ def _to_be_void(
 async def _write(
     connection: Connection, task: Task, changes: Sequence[Change], *, heads: Mapping[int, Any], rating: Rating
 ) -> Written:
-    written = await write(
-        connection,
-        changes,
-        heads=heads,
-        counters=rating.moved(),
-        correction=task.id,
-        reason=task.reason,
-        units=task.book.units,
-    )
+    written = await write(connection, changes, task, heads=heads, counters=rating.moved())
     await records.add_items(connection, task.id, written.items)
     return written
 

@@ -109,6 +109,15 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
+class Task:
+    """A correction, and the prices by which it is made."""
+
+    id: str
+    reason: str
+    book: PriceBook
+
+
+@dataclass(frozen=True, slots=True)
 class Written:
     """What a transaction of a correction came to."""
 
@@ -266,17 +275,15 @@ class _Postings:
 async def write(
     connection: Connection,
     changes: Sequence[Change],
+    task: Task,
     *,
     heads: Mapping[int, Head],
     counters: Mapping[CounterKey, Counter],
-    correction: str,
-    reason: str,
-    units: Mapping[str, Unit],
 ) -> Written:
     """Write what becomes of uses, and stage what the ledger is told. The caller holds the heads."""
     if not changes:
         return Written()
-    present = now()
+    present, units = now(), task.book.units
     ordered = sorted(changes, key=lambda each: (each.found.place.partition, each.found.place.occurred_at))
     postings: dict[int, _Postings] = {}
     for partition in sorted({each.found.place.partition for each in ordered}):
@@ -294,7 +301,7 @@ async def write(
             line = translate.difference_line(
                 change.to.usage, amounts, price_version=change.to.price_version, units=units
             )
-        placed = of.add(_reversals(change, posting, correction=correction, reason=reason, units=units), line)
+        placed = of.add(_reversals(change, posting, task), line)
         match change.to:
             case Charged() | Waits():
                 new_versions.append(_version(change.to, posting, placed, recorded_at=of.recorded_at))
@@ -329,16 +336,19 @@ def _posting(change: Change, units: Mapping[str, Unit]) -> Posting:
     return post(change.found.history(units), change.to.amounts if isinstance(change.to, Charged) else {})
 
 
-def _reversals(
-    change: Change, posting: Posting, *, correction: str, reason: str, units: Mapping[str, Unit]
-) -> list[msgspec.Raw]:
+def _reversals(change: Change, posting: Posting, task: Task) -> list[msgspec.Raw]:
     if not posting.given_back:
         return []
     # Account, source and id are the same in all of them.
     usage = change.found.versions[-1].usage()
     return [
         translate.reversal_line(
-            usage, each.amounts, revision=each.revision, correction=correction, reason=reason, units=units
+            usage,
+            each.amounts,
+            revision=each.revision,
+            correction=task.id,
+            reason=task.reason,
+            units=task.book.units,
         )
         for each in posting.given_back
     ]

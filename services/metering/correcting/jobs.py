@@ -3,7 +3,6 @@
 Whoever has a correction's row locked goes on with it; who dies leaves it to the next, where the last slice ended.
 """
 
-import asyncio
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -11,17 +10,15 @@ from dataclasses import dataclass, field
 from typing import Final, assert_never
 
 import msgspec
-import psycopg
-from psycopg_pool import PoolTimeout
 
 from services.kit.clock import now
-from services.kit.database import Writer
+from services.kit.database import DATABASE_AWAY, Writer
 from services.kit.outbox import OutboxRow
 from services.kit.telemetry import FAULTS, get_logger
+from services.kit.worker import Worker
 from services.metering.correcting import backfilling, records, rerating, undoing
-from services.metering.correcting.changing import Item, VersionNotRead
+from services.metering.correcting.changing import Item, Task, VersionNotRead
 from services.metering.correcting.records import Correction, Progress
-from services.metering.correcting.rerating import Task
 from services.metering.domain.corrections import Amounts, State
 from services.metering.domain.prices import PriceBook
 from services.metering.engine import PriceKeeper
@@ -37,8 +34,6 @@ DRY_RUN_EVENTS_MAX: Final = 10_000
 DRY_RUN_SECONDS_MAX: Final = 8.0
 # Whoever is stuck holds its heads' locks against ingest no longer than this.
 TRANSACTION_TIMEOUT: Final = "15s"
-
-_DATABASE_AWAY: Final = (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout, TimeoutError, OSError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +133,7 @@ async def preview(connection: Connection, correction: Correction, *, book: Price
             return found
 
 
-class Corrector:
+class Corrector(Worker):
     """Goes on with corrections that are under way, of whichever process they were asked."""
 
     def __init__(
@@ -150,41 +145,14 @@ class Corrector:
         poll_seconds: float = POLL_SECONDS,
     ) -> None:
         """`writer` is the corrector's own. `notify` is told what has been committed to the outbox."""
+        super().__init__(place="metering.correct", poll_seconds=poll_seconds)
         self._writer = writer
         self._prices = prices
         self._notify = notify
-        self._poll_seconds = poll_seconds
-        self._wake = asyncio.Event()
-        self._stopping = False
         # Those that failed, and when they are tried again: they must not hold up the others.
         self._failed: dict[str, float] = {}
 
-    def wake(self) -> None:
-        """There is something to be done."""
-        self._wake.set()
-
-    def stop(self) -> None:
-        """Let `run` return after the slice in hand."""
-        self._stopping = True
-        self._wake.set()
-
-    async def run(self) -> None:
-        """Work until `stop`."""
-        while not self._stopping:
-            self._wake.clear()
-            try:
-                if await self.step():
-                    # Others have their turn.
-                    await asyncio.sleep(0)
-                    continue
-            except _DATABASE_AWAY as error:
-                FAULTS.labels(place="metering.correct").inc()
-                log.error("correction not gone on with", retry_seconds=self._poll_seconds, error=repr(error))
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._poll_seconds):
-                    await self._wake.wait()
-
-    async def step(self) -> bool:
+    async def round(self) -> bool:
         """One slice of one correction; False: there is none."""
         id: str | None = None
         try:
@@ -203,7 +171,7 @@ class Corrector:
             with suppress(ValueError):
                 await self._prices.refresh()
             return True
-        except _DATABASE_AWAY:
+        except DATABASE_AWAY:
             raise
         except Exception as error:
             FAULTS.labels(place="metering.correction").inc()

@@ -20,6 +20,7 @@ from services.metering.correcting.changing import (
     Change,
     Charged,
     Rating,
+    Task,
     VersionNotRead,
     Waits,
     Written,
@@ -83,15 +84,6 @@ class Slice:
     cursor: Cursor | None
     counts: Counts
     written: Written
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A correction that goes on by slices."""
-
-    id: str
-    reason: str
-    book: PriceBook
 
 
 async def first_cursor(connection: Connection, parameters: Parameters) -> Cursor | None:
@@ -431,15 +423,7 @@ async def _write(
     heads: Mapping[int, Any],
     counters: Mapping[CounterKey, Counter],
 ) -> Written:
-    written = await write(
-        connection,
-        changes,
-        heads=heads,
-        counters=counters,
-        correction=task.id,
-        reason=task.reason,
-        units=task.book.units,
-    )
+    written = await write(connection, changes, task, heads=heads, counters=counters)
     await records.add_items(connection, task.id, written.items)
     return written
 

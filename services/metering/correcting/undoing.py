@@ -9,9 +9,18 @@ from contracts.envelope import read_usage_event
 from contracts.partition import PARTITION_COUNT
 from services.metering import store
 from services.metering.correcting import records, versions
-from services.metering.correcting.changing import Change, Rating, Voided, WaitsForAlias, Written, charged_again, write
+from services.metering.correcting.changing import (
+    Change,
+    Rating,
+    Task,
+    Voided,
+    WaitsForAlias,
+    Written,
+    charged_again,
+    write,
+)
 from services.metering.correcting.records import RecordedItem
-from services.metering.correcting.rerating import EVENTS_MAX, Counts, Task
+from services.metering.correcting.rerating import EVENTS_MAX, Counts
 from services.metering.correcting.versions import Found, LoggedVersion, Place
 from services.metering.domain.usage import Usage
 from services.metering.queries.archive import check_not_archived
@@ -69,15 +78,7 @@ async def undo_slice(connection: Connection, task: Task, cursor: Cursor) -> Undo
         further=(each.key for item, _ in undone for each in item.moves),
     )
     changes = [_restored(item, found, rating, task) for item, found in undone]
-    written = await write(
-        connection,
-        changes,
-        heads=heads,
-        counters=rating.moved(),
-        correction=task.id,
-        reason=task.reason,
-        units=task.book.units,
-    )
+    written = await write(connection, changes, task, heads=heads, counters=rating.moved())
     revisions = {(each.partition, each.source, each.event_id): each.to_revision for each in written.items}
     await records.undo_items(connection, [(item, revisions[item.key]) for item, _ in undone])
     following = None

@@ -2,10 +2,7 @@
 
 import asyncio
 import json
-import os
 import random
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,59 +15,27 @@ import typer
 from typer.testing import CliRunner
 
 from infra.commands import corrections
-from infra.servers import free_port
 from infra.service_api import ServiceApi
 from services.metering.settings import MeteringSettings
 from tests.integration.metering.correcting import add, agree, named, version
 from tests.integration.metering.driving import Driver, Json
+from tests.service_process import ServiceProcess
 from tests.unit.metering.building import event
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(240)]
 
-REPOSITORY: Final = Path(__file__).resolve().parents[3]
+FURTHER: Final = {"SCRIP_LEASE_SECONDS": "2", "SCRIP_METERING_AGE_DAYS_MAX": "36500"}
 PERIOD: Final = {"from": "2026-03-01T00:00:00Z", "to": "2026-04-01T00:00:00Z"}
 SECONDS_MAX: Final = 60.0
 USES: Final = 600
 
 
-class MeteringProcess:
-    """`python -m services.metering.app` on a free port."""
-
-    def __init__(self, settings: MeteringSettings, *, log_file: Path) -> None:
-        self.port = free_port()
-        environment = {
-            "SCRIP_NATS_URL": settings.nats_url,
-            "SCRIP_NATS_USER": settings.nats_user,
-            "SCRIP_NATS_PASSWORD": settings.nats_password.get_secret_value(),
-            "SCRIP_DATABASE_URL": settings.database_url.get_secret_value(),
-            "SCRIP_HTTP_PORT": str(self.port),
-            "SCRIP_TOKENS_FILE": str(settings.tokens_file),
-            "SCRIP_CATALOGUE_FILE": str(settings.catalogue_file),
-            "SCRIP_LEASE_SECONDS": "2",
-            "SCRIP_METERING_AGE_DAYS_MAX": "36500",
-        }
-        with log_file.open("a") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "services.metering.app"],
-                env=dict(os.environ) | environment,
-                cwd=REPOSITORY,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
-
-    def kill(self) -> None:
-        """Kill it, and wait until it is gone."""
-        self.process.kill()
-        self.process.wait()
-
-
 @asynccontextmanager
 async def metering(
     settings: MeteringSettings, log_file: Path
-) -> AsyncIterator[tuple[MeteringProcess, httpx2.AsyncClient]]:
+) -> AsyncIterator[tuple[ServiceProcess, httpx2.AsyncClient]]:
     """A process that is ready, and its HTTP API. It is killed at the end."""
-    process = MeteringProcess(settings, log_file=log_file)
+    process = ServiceProcess("services.metering.app", settings, log_file=log_file, further=FURTHER)
     try:
         async with httpx2.AsyncClient(
             base_url=f"http://127.0.0.1:{process.port}", timeout=20, trust_env=False
@@ -86,7 +51,7 @@ async def metering(
                 await asyncio.sleep(0.05)
             yield process, client
     finally:
-        process.kill()
+        process.end()
 
 
 async def asked(client: httpx2.AsyncClient, driver: Driver, path: str, body: Json) -> int | None:
@@ -124,7 +89,7 @@ async def test_a_correction_whose_process_is_killed_is_done_once(
         async with metering(metering_settings, log_file) as (process, http):
             asking = [asyncio.create_task(asked(http, driver, "", body)) for body in (void, rerate)]
             await asyncio.sleep(chance.uniform(0.02, 0.9))
-            process.kill()
+            process.end()
             kills += 1
             statuses = await asyncio.gather(*asking)
             assert {*statuses} <= {None, 200, 201, 202}
