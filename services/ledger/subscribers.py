@@ -15,6 +15,7 @@ from faststream.nats.annotations import NatsMessage
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
+from prometheus_client import Gauge
 from pydantic import ValidationError
 
 from contracts import ledger as words
@@ -28,11 +29,10 @@ from services.kit.dead_letters import letter_of
 from services.kit.reader import PullReader
 from services.kit.redelivery import place_of, retry_delay_seconds
 from services.kit.settings import ServiceSettings
-from services.kit.telemetry import FAULTS, MESSAGES, get_logger
+from services.kit.telemetry import FAULTS, MESSAGES, REGISTRY, get_logger
 from services.ledger.domain.commands import Command, Units
 from services.ledger.engine import Owners
 from services.ledger.handlers import (
-    CHARGES_STOPPED,
     BundleItem,
     CommandItem,
     Conflicting,
@@ -59,6 +59,10 @@ from services.ledger.translate import (
 )
 
 log = get_logger(__name__)
+
+CHARGES_STOPPED: Final = Gauge(
+    "scrip_ledger_charges_stopped", "1 for a partition whose charges conflict.", ("partition",), registry=REGISTRY
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from tests.integration.simulators.serving import serving
 from tests.unit.billing.building import body
 
 SECRET: Final = "whsec_of_the_tests"
-WAIT_SECONDS_MAX: Final = 10.0
+WAIT_SECONDS_MAX: Final = 30.0
 
 Json = dict[str, Any]
 Told = PaymentReceived | PaymentClaimed

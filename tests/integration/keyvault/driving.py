@@ -24,7 +24,7 @@ from contracts.streams import STREAMS
 from services.keyvault.app import build
 from services.keyvault.settings import KeyvaultSettings
 
-WAIT_SECONDS_MAX: Final = 10.0
+WAIT_SECONDS_MAX: Final = 30.0
 
 Json = dict[str, Any]
 

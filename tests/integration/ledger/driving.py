@@ -24,7 +24,7 @@ from services.kit.publish import Message, publish, publish_batch
 from services.ledger.app import build
 from services.ledger.settings import LedgerSettings
 
-WAIT_SECONDS_MAX: Final = 15.0
+WAIT_SECONDS_MAX: Final = 45.0
 
 # Leases and members are about processes, not about what was decided; relayed follows on its own.
 RECORD_AND_PROJECTIONS: Final = (

@@ -27,7 +27,7 @@ from services.metering.handlers import Batch, Reading
 from services.metering.settings import MeteringSettings
 from services.metering.store import COUNTERS
 
-WAIT_SECONDS_MAX: Final = 10.0
+WAIT_SECONDS_MAX: Final = 30.0
 
 Json = dict[str, Any]
 

@@ -1,28 +1,21 @@
-"""Load, decide, write, stage: one transaction for a batch of commands and charge bundles of the partitions owned."""
+"""Decide what a batch asks of one partition, and note the rows that follow from it."""
 
-import asyncio
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cache
 from typing import Any, Final, Literal, NamedTuple, assert_never
 
 import msgspec
-import psycopg
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter
 
 from contracts.accounts import path, root
-from services.kit.database import Writer
 from services.kit.dead_letters import Letter
 from services.kit.outbox import OutboxRow
-from services.kit.telemetry import REGISTRY, get_logger
-from services.ledger import store
+from services.kit.telemetry import REGISTRY
 from services.ledger.domain.alerts import decide_alerts
 from services.ledger.domain.charging import decide_charge
 from services.ledger.domain.commands import (
-    LATE_GRACE,
     CatchUp,
     ChargeLine,
     ClaimPayment,
@@ -39,26 +32,35 @@ from services.ledger.domain.commands import (
     VoidGrant,
 )
 from services.ledger.domain.decide import decide
-from services.ledger.domain.draft import Draft, Fork, Head, Transaction
+from services.ledger.domain.draft import Draft, Fork, Transaction
 from services.ledger.domain.due import decide_due, next_due
-from services.ledger.domain.entries import Charged, HoldExtended, HoldPlaced, Move, payment_of
+from services.ledger.domain.entries import Charged, HoldExtended, HoldPlaced, Move
 from services.ledger.domain.errors import AlreadyCharged, ChargeDiffers, Refusal
 from services.ledger.domain.overdue import decide_overdue, hold_of, in_order, overdue
 from services.ledger.domain.state import Account, Claim, Hold, PartitionState, PastLine, Wallet
-from services.ledger.projections import Row, add_rows, changed_rows, reversed_text, taken_of
-from services.ledger.signing import Signer
-from services.ledger.store import HeadMoved, Loaded, Needs, Signature, Written
+from services.ledger.handlers.items import (
+    BundleItem,
+    CommandItem,
+    Conflicting,
+    ListItem,
+    OutOfOrder,
+    SweepItem,
+    Swept,
+    Taken,
+    TracedCharge,
+)
+from services.ledger.handlers.needs import accounts_of
+from services.ledger.projections import Row, changed_rows, reversed_text, taken_of
+from services.ledger.store import Loaded, Written
 from services.ledger.translate import (
     WHEN_RECORDED,
     BadLine,
-    Bundle,
     Fact,
     Problem,
     accepted,
     amounts_text,
     facts_of,
     full_id,
-    heads_signed_row,
     lines_hash,
     outbox_row,
     problem_rows,
@@ -71,8 +73,6 @@ from services.ledger.translate import (
     usage_charged_fact,
 )
 
-log = get_logger(__name__)
-
 LINES: Final = Counter(
     "scrip_ledger_charge_lines",
     "Lines of bundles by outcome: charged, reversed, repeated, dead.",
@@ -80,552 +80,11 @@ LINES: Final = Counter(
     registry=REGISTRY,
 )
 COMMANDS: Final = Counter("scrip_ledger_commands", "Commands by outcome.", ("command", "outcome"), registry=REGISTRY)
-CHARGES_STOPPED: Final = Gauge(
-    "scrip_ledger_charges_stopped", "1 for a partition whose charges conflict.", ("partition",), registry=REGISTRY
-)
-
-BATCH_SECONDS_MAX: Final = 10.0
-_BATCH_MAX: Final = timedelta(seconds=BATCH_SECONDS_MAX)
-ACCOUNTS_KEPT_MAX: Final = 200_000
-HOLDS_KEPT_MAX: Final = 200_000
-_ATTEMPTS_MAX: Final = 5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CommandItem:
-    """A command, who sent it, under which key, and the hash of what was sent. A dry run changes nothing."""
-
-    partition: int
-    principal: str
-    key: str
-    body_hash: bytes
-    command: Command
-    dry_run: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ListItem:
-    """Commands on one tree, in order. One that is all or nothing has a key and a hash; its commands' do not count."""
-
-    partition: int
-    principal: str
-    commands: tuple[CommandItem, ...]
-    key: str | None = None
-    body_hash: bytes = b""
-    dry_run: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class SweepItem:
-    """What nobody asked for but time: no command is recorded, and nothing at all if nothing is due any more."""
-
-    partition: int
-    command: CatchUp | ResolveHold
-
-
-@dataclass(frozen=True, slots=True)
-class BundleItem:
-    """A bundle of charges, and where in its stream it stood."""
-
-    bundle: Bundle
-    stream: str
-    stream_sequence: int
-    subject: str
-    # By the places of lines whose charging somebody wants to see.
-    traceparents: Mapping[int, str] = field(default_factory=dict)
-
-    @property
-    def partition(self) -> int:
-        """The partition of all its lines."""
-        return self.bundle.partition
-
-
-Item = CommandItem | ListItem | BundleItem | SweepItem
-
-
-@dataclass(frozen=True, slots=True)
-class Replied:
-    """A command was answered: contracts.ledger.Reply, or ListReply, as JSON."""
-
-    body: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class TracedCharge:
-    """Where in the journal the charge of a traced line begins, or the code of why it is not there."""
-
-    line: ChargeLine
-    traceparent: str
-    outcome: str
-    transaction: str = ""
-    batch: int = 0
-    position: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """A bundle's charges are in the journal; `repeated`: they had been before."""
-
-    repeated: bool
-    traced: Sequence[TracedCharge] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class OutOfOrder:
-    """A bundle came before the one with the number `expected`."""
-
-    expected: int
-
-
-@dataclass(frozen=True, slots=True)
-class Conflicting:
-    """A bundle has the number of one that was taken, and other contents: the two services disagree about the past."""
-
-
-@dataclass(frozen=True, slots=True)
-class Swept:
-    """What was due was done; `entries` is how many that took."""
-
-    entries: int
-
-
-@dataclass(frozen=True, slots=True)
-class NotOwner:
-    """The partition is not, or no longer, owned here."""
-
-
-Result = Replied | Taken | OutOfOrder | Conflicting | Swept | NotOwner
-
-
-@dataclass(slots=True)
-class _Owned:
-    """A partition owned here. `stale`: what is in memory may differ from what is stored, and is read again first."""
-
-    head: Head
-    state: PartitionState = field(default_factory=PartitionState)
-    stale: bool = False
-
-    def distrust(self) -> None:
-        self.stale = True
-        self.state = PartitionState()
-
-
-class _InVain(Exception):
-    """A batch was decided on another that was not committed."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Decision:
-    """What is to be answered once all that is to be written is committed."""
-
-    results: list[Result]
-    written: list[Written]
-    signature: Signature | None
-
-
-class Ledger:
-    """The partitions owned by this process, their state, and the one connection through which it changes."""
-
-    def __init__(
-        self,
-        *,
-        writer: Writer,
-        units: Units,
-        now: Callable[[], datetime],
-        on_committed: Callable[[Iterable[OutboxRow]], None],
-        signer: Signer | None = None,
-    ) -> None:
-        """`on_committed` is told of the outbox rows of each commit. Without a `signer` heads are not signed."""
-        self._writer = writer
-        self._units = units
-        self._now = now
-        self._on_committed = on_committed
-        self._signer = signer
-        self._owned: dict[int, _Owned] = {}
-        # Whoever holds both is alone. They are waited for in order: batches commit in the order they were decided.
-        self._deciding = asyncio.Lock()
-        self._committing = asyncio.Lock()
-        # How many batches were decided in vain: what was decided after them, and before they failed, is so, too.
-        self._failures = 0
-
-    @property
-    def partitions(self) -> frozenset[int]:
-        """What is owned here."""
-        return frozenset(self._owned)
-
-    async def take_over(self, epochs: Mapping[int, int]) -> frozenset[int]:
-        """Own partitions whose leases were won. From here on no commit of an earlier owner succeeds."""
-        async with self._deciding, self._committing, self._writer.transaction() as connection:
-            heads = await store.take_heads(connection, epochs)
-        for partition, head in heads.items():
-            self._owned[partition] = _Owned(head)
-        return frozenset(heads)
-
-    def give_up(self, partitions: Iterable[int]) -> None:
-        """Own partitions no longer."""
-        for partition in partitions:
-            self._owned.pop(partition, None)
-
-    async def process(self, items: Sequence[Item], decided: Callable[[], None] = lambda: None) -> list[Result]:
-        """Decide items in order, commit what was accepted, and only then answer. Nothing is done if it raises.
-
-        Tells `decided` if others may be processed while these commit: what they are decided on is not stored then.
-        """
-        look_up_lines = False
-        async with asyncio.timeout(BATCH_SECONDS_MAX):
-            for _ in range(_ATTEMPTS_MAX):
-                try:
-                    return await self._attempt(items, decided, look_up_lines=look_up_lines)
-                except (HeadMoved, _InVain) as error:
-                    log.warning("a batch was decided in vain, the heads are read again", reason=str(error))
-                except psycopg.errors.UniqueViolation as error:
-                    # Seldom: so lines are not looked up beforehand until one turns out to be a repeat.
-                    if look_up_lines or error.diag.constraint_name != "charge_lines_pkey":
-                        raise
-                    look_up_lines = True
-        raise HeadMoved(f"the heads moved {_ATTEMPTS_MAX} times while a batch was decided")
-
-    async def _attempt(
-        self, items: Sequence[Item], decided: Callable[[], None], *, look_up_lines: bool
-    ) -> list[Result]:
-        async with self._deciding:
-            needs = self._needs(items, look_up_lines=look_up_lines)
-            if needs or self._late_needs(items):
-                # What is to be read has to be what the batch before has left behind.
-                async with self._committing:
-                    return await self._alone(items, look_up_lines=look_up_lines)
-            failures = self._failures
-            with self._distrusting(items):
-                decision = await self._decide_all(items, needs, Loaded())
-        with self._distrusting(items):
-            async with self._committing:
-                self._check(failures)
-                async with self._writer.transaction() as connection:
-                    await self._commit(connection, decision, decided)
-        return decision.results
-
-    async def _alone(self, items: Sequence[Item], *, look_up_lines: bool) -> list[Result]:
-        """Read what is not in memory, decide and commit, all in one transaction."""
-        with self._distrusting(items):
-            async with self._writer.transaction() as connection:
-                needs = self._needs(items, look_up_lines=look_up_lines)
-                loaded = await store.load(connection, needs)
-                self._refresh(needs, loaded)
-                if late := self._late_needs(items):
-                    # Together: an account that is read again is read with the lots that it was given before.
-                    loaded.add(await store.load(connection, late))
-                    self._refresh(late, loaded)
-                decision = await self._decide_all(items, needs, loaded)
-                await self._commit(connection, decision)
-        return decision.results
-
-    def _check(self, failures: int) -> None:
-        """Raises _InVain if a batch has failed since there were so many failures."""
-        if failures != self._failures:
-            raise _InVain("the batch before it was not committed")
-
-    @contextmanager
-    def _distrusting(self, items: Sequence[Item]) -> Iterator[None]:
-        """If this fails, what is in memory may be what was never stored: of the batch, and of any decided after it.
-
-        For who decides, and for who has decided and not committed: while one reads there is nobody else of these.
-        """
-        try:
-            yield
-        except BaseException:
-            self._failures += 1
-            for partition in {item.partition for item in items} & set(self._owned):
-                self._owned[partition].distrust()
-            raise
-
-    async def _decide_all(self, items: Sequence[Item], needs: Needs, loaded: Loaded) -> "_Decision":
-        """Decide items, and go on from there: if this is not committed, what is in memory is not to be believed."""
-        works: dict[int, _Work] = {}
-        results, failures = [], self._failures
-        for item in items:
-            results.append(self._decide(item, works, needs, loaded))
-            if isinstance(item, BundleItem):
-                # It takes long: what else there is to do, the commit on its way above all, is not to wait for them all.
-                await asyncio.sleep(0)
-                self._check(failures)
-        written = [work.written() for work in works.values() if work.is_something]
-        signature = self._sign(written) if written else None
-        for one in written:
-            if (owned := self._owned.get(one.after.partition)) is not None:
-                owned.head = one.after
-                owned.state.written(one.after.recorded_at)
-        self._forget_some()
-        return _Decision(results, written, signature)
-
-    async def _commit(
-        self, connection: store.Connection, decision: "_Decision", sent: Callable[[], None] = lambda: None
-    ) -> None:
-        if decision.written:
-            await store.write(connection, decision.written, decision.signature, sent)
-        for one in decision.written:
-            self._on_committed(one.outbox)
-
-    def _sign(self, written: Sequence[Written]) -> Signature | None:
-        """Sign the heads that a commit moves, and tell it, in the outbox of the first of them."""
-        moved = [one.after for one in written if one.after.batch != one.before.batch]
-        if self._signer is None or not moved:
-            return None
-        signed = self._signer.sign_heads(moved)
-        first = next(one for one in written if one.after.partition == signed.partition)
-        number = first.after.outbox_number + 1
-        first.after = replace(first.after, outbox_number=number)
-        recorded_at = first.after.recorded_at
-        first.outbox.append(
-            heads_signed_row(signed, partition=signed.partition, number=number, recorded_at=recorded_at)
-        )
-        return Signature(signed.commit_id, signed.signature, signed.key_id, signed.heads)
-
-    def _forget_some(self) -> None:
-        """Keep memory flat: of what is too much, each partition forgets what is beyond its share."""
-        states = [owned.state for owned in self._owned.values()]
-        accounts, holds = sum([len(state.accounts) for state in states]), sum([len(state.holds) for state in states])
-        if accounts > ACCOUNTS_KEPT_MAX or holds > HOLDS_KEPT_MAX:
-            for state in states:
-                state.shrink(accounts_max=ACCOUNTS_KEPT_MAX // len(states), holds_max=HOLDS_KEPT_MAX // len(states))
-
-    def _needs(self, items: Sequence[Item], *, look_up_lines: bool) -> Needs:
-        """What is not in memory."""
-        needs = Needs()
-        for item in items:
-            owned = self._owned.get(item.partition)
-            if owned is None:
-                continue
-            if owned.stale:
-                needs.heads.add(item.partition)
-            match item:
-                case CommandItem():
-                    needs.commands.add((item.partition, item.principal, item.key))
-                    _need(needs, item.partition, owned.state, item.command)
-                case ListItem():
-                    if item.key is not None:
-                        needs.commands.add((item.partition, item.principal, item.key))
-                    for each in item.commands:
-                        if item.key is None:
-                            needs.commands.add((item.partition, item.principal, each.key))
-                        _need(needs, item.partition, owned.state, each.command)
-                case SweepItem():
-                    _need(needs, item.partition, owned.state, item.command)
-                case BundleItem(bundle=bundle):
-                    if owned.stale or bundle.number <= owned.head.charges_number:
-                        needs.bundles.add((item.partition, bundle.number))
-                    _need_lines(needs, item.partition, owned.state, bundle, look_up_lines=look_up_lines)
-                case _:
-                    assert_never(item)
-        return needs
-
-    def _late_needs(self, items: Sequence[Item]) -> Needs:
-        """What charges of long ago may have been paid with. Only now it is known on which wallets they count.
-
-        And what comes with the lots of a line that is charged and given back at once, or of an estimate that is made
-        and taken back at once: which lots those will be is not known, so with all that are there.
-        """
-        late = Needs()
-        for partition, account in _undone_at_once(items):
-            if (owned := self._owned.get(partition)) is not None:
-                _need_lots_of(late, partition, owned.state, account)
-        now = self._now()
-        since = now - LATE_GRACE
-        for item in items:
-            owned = self._owned.get(item.partition)
-            if owned is None:
-                continue
-            # When the batch will be recorded is not known yet.
-            soon = max(now, owned.head.recorded_at) + _BATCH_MAX
-            for line in _lines_of(item):
-                if line.hold is None and line.occurred_at >= since:
-                    continue
-                hold = None if line.hold is None else owned.state.holds.get(line.hold)
-                if hold is not None and hold.overdue == "charge_estimate" and hold.is_overdue(soon):
-                    # Its estimate is made, and taken back at once.
-                    _need_lots_of(late, item.partition, owned.state, line.account)
-                # One that ended before it was placed says nothing of the time.
-                at = line.occurred_at if hold is None or hold.expires_at is None else hold.recorded_at
-                if at < since:
-                    late.past_lots.update(
-                        (item.partition, account, at)
-                        for account in path(line.account)
-                        if _counts_there(owned.state.accounts.get(account), line, self._units)
-                    )
-        return late
-
-    def _refresh(self, needs: Needs, loaded: Loaded) -> None:
-        for partition in needs.heads:
-            head = loaded.heads[partition]
-            if head.epoch == self._owned[partition].head.epoch:
-                self._owned[partition].head = head
-                self._owned[partition].stale = False
-            else:
-                log.error("partition has another owner", partition=partition, epoch=head.epoch)
-                del self._owned[partition]
-        # What was read for a partition that has just been lost goes nowhere.
-        states = defaultdict(PartitionState, {partition: owned.state for partition, owned in self._owned.items()})
-        add_rows(states, loaded.rows)
-
-    def _decide(self, item: Item, works: dict[int, "_Work"], needs: Needs, loaded: Loaded) -> Result:
-        owned = self._owned.get(item.partition)
-        if owned is None:
-            return NotOwner()
-        work = works.get(item.partition)
-        if work is None:
-            draft = Draft(owned.head, owned.state, now=self._now())
-            work = works[item.partition] = _Work(
-                draft,
-                self._units,
-                loaded,
-                reversing=frozenset(each[1:4] for each in needs.past_lines if each[0] == item.partition),
-                paid_accounts={account for partition, account in loaded.reached if partition == item.partition},
-            )
-        match item:
-            case CommandItem():
-                return Replied(work.take_command(item))
-            case ListItem():
-                return Replied(work.take_list(item))
-            case SweepItem():
-                return work.sweep(item)
-            case BundleItem():
-                return work.take_bundle(item)
-            case _:
-                assert_never(item)
-
-
-def _need(needs: Needs, partition: int, state: PartitionState, command: Command) -> None:
-    needs.accounts.update((partition, account) for account in _accounts_of(command) if account not in state.accounts)
-    match command:
-        case ChargeLine():
-            needs.lines.add((partition, command.source, command.event_id, command.revision))
-        case Grant() if (payment := payment_of(command.kind, command.reference)) is not None:
-            needs.payments.add((partition, payment, command.account, False))
-        case ClaimPayment():
-            needs.payments.add((partition, command.payment, command.account, True))
-        case VoidGrant():
-            needs.lots.add((partition, command.lot, command.account))
-        case ReverseCharge():
-            line = (partition, command.source, command.event_id, command.revision, command.account)
-            needs.past_lines.add(line)
-        case _:
-            pass
-    hold = hold_of(command)
-    if hold is not None and not _is_open(state, hold):
-        needs.holds.add((partition, hold, command.account))
-
-
-def _is_open(state: PartitionState, hold: str) -> bool:
-    """Whether a hold in memory is all that is needed of it. One that has ended is read with what it had earmarked."""
-    known = state.holds.get(hold)
-    return known is not None and known.status == "placed"
-
-
-def _need_lines(
-    needs: Needs,
-    partition: int,
-    state: PartitionState,
-    bundle: Bundle,
-    *,
-    look_up_lines: bool,
-) -> None:
-    for reversal in _reversals_of(bundle):
-        _need(needs, partition, state, reversal)
-    names = set()
-    for line in bundle.lines:
-        if isinstance(line, ChargeLine):
-            names.add(line.account)
-            if look_up_lines:
-                needs.lines.add((partition, line.source, line.event_id, line.revision))
-            if line.hold is not None and not _is_open(state, line.hold):
-                needs.holds.add((partition, line.hold, line.account))
-    needs.accounts.update(
-        (partition, account) for name in names for account in path(name) if account not in state.accounts
-    )
-
-
-def _accounts_of(command: Command) -> tuple[str, ...]:
-    """The accounts on whose wallets a command may act, but for those that a payment leads to."""
-    match command:
-        case CatchUp():
-            return (command.account,)
-        case Transfer():
-            return (*path(command.account), *path(command.to_account))
-        case _:
-            return path(command.account)
-
 
 # What adds nothing that could be due, and what says for which use it is.
 _OF_USE: Final = (PlaceHold, ExtendHold, ReleaseHold, ResolveHold, ChargeLine)
 _WITH_SCOPE: Final = (PlaceHold, ExtendHold, ChargeLine)
 _HELD: Final = (HoldPlaced, HoldExtended)
-
-
-def _lines_of(item: Item) -> Iterator[ChargeLine]:
-    match item:
-        case BundleItem(bundle=bundle):
-            yield from (line for line in bundle.lines if isinstance(line, ChargeLine))
-        case CommandItem(command=ChargeLine() as line):
-            yield line
-        case ListItem(commands=commands):
-            yield from (each.command for each in commands if isinstance(each.command, ChargeLine))
-        case _:
-            pass
-
-
-def _counts_there(account: Account | None, line: ChargeLine, units: Units) -> bool:
-    """Whether an account has a wallet on which a line counts as a cap: money has no periods."""
-    if account is None or not account.wallets:
-        return False
-    counted = (each for unit, _ in line.amounts for each in (unit, *units.mirrors.get(unit, ())))
-    return any(
-        each in account.wallets and (unit := units.by_name.get(each)) is not None and unit.kind == "cap"
-        for each in counted
-    )
-
-
-def _undone_at_once(items: Iterable[Item]) -> set[tuple[int, str]]:
-    """The partitions and accounts of lines that a batch both charges and gives back, and of holds likewise."""
-    if all(isinstance(item, BundleItem) and not item.bundle.reversals for item in items):
-        return set()
-    commands = [(item.partition, command) for item in items for command in _commands_of(item)]
-    reversals = {_line_key(command) for _, command in commands if isinstance(command, ReverseCharge)}
-    resolved = {command.hold for _, command in commands if isinstance(command, ResolveHold)}
-    if not (reversals or resolved):
-        return set()
-    return {
-        (partition, command.account)
-        for partition, command in commands
-        if isinstance(command, ChargeLine) and (command.hold in resolved or _line_key(command) in reversals)
-    }
-
-
-def _line_key(command: ChargeLine | ReverseCharge) -> tuple[str, str, int]:
-    return command.source, command.event_id, command.revision
-
-
-def _commands_of(item: Item) -> Iterator[Command]:
-    match item:
-        case ListItem(commands=commands):
-            yield from (each.command for each in commands)
-        case BundleItem(bundle=bundle):
-            yield from _reversals_of(bundle)
-            yield from _lines_of(item)
-        case _:
-            yield item.command
-
-
-def _reversals_of(bundle: Bundle) -> Iterator[ReverseCharge]:
-    return (each for each in bundle.reversals if isinstance(each, ReverseCharge))
-
-
-def _need_lots_of(needs: Needs, partition: int, state: PartitionState, account: str) -> None:
-    """Whatever what is on an account's wallets may lead to, if it is given back."""
-    for name in path(account):
-        found = state.accounts.get(name)
-        for lot in [] if found is None else [lot for wallet in found.wallets.values() for lot in wallet.lots.values()]:
-            if (payment := payment_of("purchase", lot.reference)) is not None:
-                needs.payments.add((partition, payment, name, False))
-            needs.repaying.update((partition, repaid_by, name) for repaid_by in lot.repaid)
 
 
 class _Done(NamedTuple):
@@ -647,7 +106,7 @@ class _Mark:
     outbox: int
 
 
-class _Work:
+class Work:
     """What is being decided for one partition in one batch, and the rows that follow from it."""
 
     def __init__(
@@ -828,7 +287,7 @@ class _Work:
 
     def _concerned(self, command: Command) -> Sequence[str]:
         """The accounts on whose wallets a command may act."""
-        accounts = _accounts_of(command)
+        accounts = accounts_of(command)
         match command:
             case Grant() | ClaimPayment() | ReverseCharge() | VoidGrant():
                 return self._with_paid(command.account, accounts)

@@ -1,0 +1,35 @@
+"""Load, decide, write, stage: one transaction for a batch of commands and charge bundles of the partitions owned."""
+
+from services.ledger.handlers.items import (
+    BundleItem,
+    CommandItem,
+    Conflicting,
+    Item,
+    ListItem,
+    NotOwner,
+    OutOfOrder,
+    Replied,
+    Result,
+    SweepItem,
+    Swept,
+    Taken,
+    TracedCharge,
+)
+from services.ledger.handlers.ledger import Ledger
+
+__all__ = [
+    "BundleItem",
+    "CommandItem",
+    "Conflicting",
+    "Item",
+    "Ledger",
+    "ListItem",
+    "NotOwner",
+    "OutOfOrder",
+    "Replied",
+    "Result",
+    "SweepItem",
+    "Swept",
+    "Taken",
+    "TracedCharge",
+]

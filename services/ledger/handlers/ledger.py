@@ -1,0 +1,250 @@
+"""Load, decide, write, stage: one transaction for a batch of commands and charge bundles of the partitions owned."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Final, assert_never
+
+import psycopg
+
+from services.kit.database import Writer
+from services.kit.outbox import OutboxRow
+from services.kit.telemetry import get_logger
+from services.ledger import store
+from services.ledger.domain.commands import Units
+from services.ledger.domain.draft import Draft
+from services.ledger.domain.state import PartitionState
+from services.ledger.handlers.items import BundleItem, CommandItem, Item, ListItem, NotOwner, Replied, Result, SweepItem
+from services.ledger.handlers.needs import BATCH_SECONDS_MAX, Owned, late_needs_of, needs_of
+from services.ledger.handlers.work import Work
+from services.ledger.projections import add_rows
+from services.ledger.signing import Signer
+from services.ledger.store import HeadMoved, Loaded, Needs, Signature, Written
+from services.ledger.translate import heads_signed_row
+
+log = get_logger(__name__)
+
+ACCOUNTS_KEPT_MAX: Final = 200_000
+HOLDS_KEPT_MAX: Final = 200_000
+_ATTEMPTS_MAX: Final = 5
+
+
+class _InVain(Exception):
+    """A batch was decided on another that was not committed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Decision:
+    """What is to be answered once all that is to be written is committed."""
+
+    results: list[Result]
+    written: list[Written]
+    signature: Signature | None
+
+
+class Ledger:
+    """The partitions owned by this process, their state, and the one connection through which it changes."""
+
+    def __init__(
+        self,
+        *,
+        writer: Writer,
+        units: Units,
+        now: Callable[[], datetime],
+        on_committed: Callable[[Iterable[OutboxRow]], None],
+        signer: Signer | None = None,
+    ) -> None:
+        """`on_committed` is told of the outbox rows of each commit. Without a `signer` heads are not signed."""
+        self._writer = writer
+        self._units = units
+        self._now = now
+        self._on_committed = on_committed
+        self._signer = signer
+        self._owned: dict[int, Owned] = {}
+        # Whoever holds both is alone. They are waited for in order: batches commit in the order they were decided.
+        self._deciding = asyncio.Lock()
+        self._committing = asyncio.Lock()
+        # How many batches were decided in vain: what was decided after them, and before they failed, is so, too.
+        self._failures = 0
+
+    @property
+    def partitions(self) -> frozenset[int]:
+        """What is owned here."""
+        return frozenset(self._owned)
+
+    async def take_over(self, epochs: Mapping[int, int]) -> frozenset[int]:
+        """Own partitions whose leases were won. From here on no commit of an earlier owner succeeds."""
+        async with self._deciding, self._committing, self._writer.transaction() as connection:
+            heads = await store.take_heads(connection, epochs)
+        for partition, head in heads.items():
+            self._owned[partition] = Owned(head)
+        return frozenset(heads)
+
+    def give_up(self, partitions: Iterable[int]) -> None:
+        """Own partitions no longer."""
+        for partition in partitions:
+            self._owned.pop(partition, None)
+
+    async def process(self, items: Sequence[Item], decided: Callable[[], None] = lambda: None) -> list[Result]:
+        """Decide items in order, commit what was accepted, and only then answer. Nothing is done if it raises.
+
+        Tells `decided` if others may be processed while these commit: what they are decided on is not stored then.
+        """
+        look_up_lines = False
+        async with asyncio.timeout(BATCH_SECONDS_MAX):
+            for _ in range(_ATTEMPTS_MAX):
+                try:
+                    return await self._attempt(items, decided, look_up_lines=look_up_lines)
+                except (HeadMoved, _InVain) as error:
+                    log.warning("a batch was decided in vain, the heads are read again", reason=str(error))
+                except psycopg.errors.UniqueViolation as error:
+                    # Seldom: so lines are not looked up beforehand until one turns out to be a repeat.
+                    if look_up_lines or error.diag.constraint_name != "charge_lines_pkey":
+                        raise
+                    look_up_lines = True
+        raise HeadMoved(f"the heads moved {_ATTEMPTS_MAX} times while a batch was decided")
+
+    async def _attempt(
+        self, items: Sequence[Item], decided: Callable[[], None], *, look_up_lines: bool
+    ) -> list[Result]:
+        async with self._deciding:
+            needs = needs_of(items, self._owned, look_up_lines=look_up_lines)
+            if needs or late_needs_of(items, self._owned, units=self._units, now=self._now()):
+                # What is to be read has to be what the batch before has left behind.
+                async with self._committing:
+                    return await self._alone(items, look_up_lines=look_up_lines)
+            failures = self._failures
+            with self._distrusting(items):
+                decision = await self._decide_all(items, needs, Loaded())
+        with self._distrusting(items):
+            async with self._committing:
+                self._check(failures)
+                async with self._writer.transaction() as connection:
+                    await self._commit(connection, decision, decided)
+        return decision.results
+
+    async def _alone(self, items: Sequence[Item], *, look_up_lines: bool) -> list[Result]:
+        """Read what is not in memory, decide and commit, all in one transaction."""
+        with self._distrusting(items):
+            async with self._writer.transaction() as connection:
+                needs = needs_of(items, self._owned, look_up_lines=look_up_lines)
+                loaded = await store.load(connection, needs)
+                self._refresh(needs, loaded)
+                if late := late_needs_of(items, self._owned, units=self._units, now=self._now()):
+                    # Together: an account that is read again is read with the lots that it was given before.
+                    loaded.add(await store.load(connection, late))
+                    self._refresh(late, loaded)
+                decision = await self._decide_all(items, needs, loaded)
+                await self._commit(connection, decision)
+        return decision.results
+
+    def _check(self, failures: int) -> None:
+        """Raises _InVain if a batch has failed since there were so many failures."""
+        if failures != self._failures:
+            raise _InVain("the batch before it was not committed")
+
+    @contextmanager
+    def _distrusting(self, items: Sequence[Item]) -> Iterator[None]:
+        """If this fails, what is in memory may be what was never stored: of the batch, and of any decided after it.
+
+        For who decides, and for who has decided and not committed: while one reads there is nobody else of these.
+        """
+        try:
+            yield
+        except BaseException:
+            self._failures += 1
+            for partition in {item.partition for item in items} & set(self._owned):
+                self._owned[partition].distrust()
+            raise
+
+    async def _decide_all(self, items: Sequence[Item], needs: Needs, loaded: Loaded) -> "_Decision":
+        """Decide items, and go on from there: if this is not committed, what is in memory is not to be believed."""
+        works: dict[int, Work] = {}
+        results, failures = [], self._failures
+        for item in items:
+            results.append(self._decide(item, works, needs, loaded))
+            if isinstance(item, BundleItem):
+                # It takes long: what else there is to do, the commit on its way above all, is not to wait for them all.
+                await asyncio.sleep(0)
+                self._check(failures)
+        written = [work.written() for work in works.values() if work.is_something]
+        signature = self._sign(written) if written else None
+        for one in written:
+            if (owned := self._owned.get(one.after.partition)) is not None:
+                owned.head = one.after
+                owned.state.written(one.after.recorded_at)
+        self._forget_some()
+        return _Decision(results, written, signature)
+
+    async def _commit(
+        self, connection: store.Connection, decision: "_Decision", sent: Callable[[], None] = lambda: None
+    ) -> None:
+        if decision.written:
+            await store.write(connection, decision.written, decision.signature, sent)
+        for one in decision.written:
+            self._on_committed(one.outbox)
+
+    def _sign(self, written: Sequence[Written]) -> Signature | None:
+        """Sign the heads that a commit moves, and tell it, in the outbox of the first of them."""
+        moved = [one.after for one in written if one.after.batch != one.before.batch]
+        if self._signer is None or not moved:
+            return None
+        signed = self._signer.sign_heads(moved)
+        first = next(one for one in written if one.after.partition == signed.partition)
+        number = first.after.outbox_number + 1
+        first.after = replace(first.after, outbox_number=number)
+        recorded_at = first.after.recorded_at
+        first.outbox.append(
+            heads_signed_row(signed, partition=signed.partition, number=number, recorded_at=recorded_at)
+        )
+        return Signature(signed.commit_id, signed.signature, signed.key_id, signed.heads)
+
+    def _forget_some(self) -> None:
+        """Keep memory flat: of what is too much, each partition forgets what is beyond its share."""
+        states = [owned.state for owned in self._owned.values()]
+        accounts, holds = sum([len(state.accounts) for state in states]), sum([len(state.holds) for state in states])
+        if accounts > ACCOUNTS_KEPT_MAX or holds > HOLDS_KEPT_MAX:
+            for state in states:
+                state.shrink(accounts_max=ACCOUNTS_KEPT_MAX // len(states), holds_max=HOLDS_KEPT_MAX // len(states))
+
+    def _refresh(self, needs: Needs, loaded: Loaded) -> None:
+        for partition in needs.heads:
+            head = loaded.heads[partition]
+            if head.epoch == self._owned[partition].head.epoch:
+                self._owned[partition].head = head
+                self._owned[partition].stale = False
+            else:
+                log.error("partition has another owner", partition=partition, epoch=head.epoch)
+                del self._owned[partition]
+        # What was read for a partition that has just been lost goes nowhere.
+        states = defaultdict(PartitionState, {partition: owned.state for partition, owned in self._owned.items()})
+        add_rows(states, loaded.rows)
+
+    def _decide(self, item: Item, works: dict[int, "Work"], needs: Needs, loaded: Loaded) -> Result:
+        owned = self._owned.get(item.partition)
+        if owned is None:
+            return NotOwner()
+        work = works.get(item.partition)
+        if work is None:
+            draft = Draft(owned.head, owned.state, now=self._now())
+            work = works[item.partition] = Work(
+                draft,
+                self._units,
+                loaded,
+                reversing=frozenset(each[1:4] for each in needs.past_lines if each[0] == item.partition),
+                paid_accounts={account for partition, account in loaded.reached if partition == item.partition},
+            )
+        match item:
+            case CommandItem():
+                return Replied(work.take_command(item))
+            case ListItem():
+                return Replied(work.take_list(item))
+            case SweepItem():
+                return work.sweep(item)
+            case BundleItem():
+                return work.take_bundle(item)
+            case _:
+                assert_never(item)
