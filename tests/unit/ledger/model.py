@@ -103,6 +103,8 @@ class Model:
         other = Model(self.units)
         other.accounts = set(self.accounts)
         other.kinds = dict(self.kinds)
+        # What it makes next has not the name of a lot it has.
+        other._new = self._new
         for name in ("wallets", "holds", "lines", "payments"):
             setattr(other, name, copied(getattr(self, name)))
         # What was granted for a payment is a list.
