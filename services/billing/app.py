@@ -92,6 +92,8 @@ async def _running(settings: BillingSettings, readiness: Readiness) -> AsyncIter
         async def dead_letter(letter: Letter) -> None:
             await handlers.put_aside([letter], transaction=pooled)
 
+        # Closed after the broker: what still comes while that stops would open another connection.
+        inbox_writer = writer("inbox")
         broker = build_broker(settings, dead_letter=dead_letter)
         stack.push_async_callback(disconnect, broker, await broker.connect())
         client = await connect_nats(settings)
@@ -114,7 +116,7 @@ async def _running(settings: BillingSettings, readiness: Readiness) -> AsyncIter
             broker,
             settings,
             client=stripe_client,
-            transaction=writer("inbox").transaction,
+            transaction=inbox_writer.transaction,
             books=books,
             notify=relays.notify,
         )

@@ -327,6 +327,22 @@ async def test_a_killed_process_loses_and_repeats_nothing(driver: Driver) -> Non
     assert sorted(fact.payment for fact in await driver.facts()) == ["pi_0", "pi_1"]
 
 
+async def test_what_comes_while_it_stops_opens_no_connection_anew(driver: Driver, nats_account: NatsAccount) -> None:
+    nats = await nats_account.connect("billing")
+    messages = [
+        StripeReceived(number=number, event=f"evt_{number}", recorded_at=at(0)).model_dump_json().encode()
+        for number in range(1, 401)
+    ]
+    async with driver.running():
+        for payload in messages:
+            await publish(nats, stream=STRIPE, message=Message(STRIPE_RECEIVED_SUBJECT, payload, None))
+        await driver.until("SELECT count(*) > 0 FROM dead_letters", (True,))
+    await nats.close()
+    assert await driver.rows("SELECT application_name FROM pg_stat_activity WHERE application_name ~ '^billing-'") == []
+    # It was stopped in the middle of them.
+    assert (await driver.rows("SELECT count(*) FROM dead_letters"))[0][0] < len(messages)
+
+
 async def test_a_message_about_an_event_that_is_not_there_is_a_dead_letter(
     driver: Driver, nats_account: NatsAccount
 ) -> None:
@@ -399,7 +415,8 @@ def _process(settings: BillingSettings, *, port: int) -> Iterator[subprocess.Pop
 
 
 async def _until_alive(http: httpx2.AsyncClient) -> None:
-    deadline = time.monotonic() + 15
+    # A process that has just been started shares few processors with whatever else runs.
+    deadline = time.monotonic() + 60
     while True:
         try:
             if (await http.get("/readyz")).status_code == 200:
