@@ -5,8 +5,6 @@ from rich.console import Console
 
 from infra import state
 from infra.commands.demo import interruptible
-from infra.demo.story import play
-from infra.demo.story_doors import Target
 
 
 def register(app: typer.Typer) -> None:
@@ -16,6 +14,10 @@ def register(app: typer.Typer) -> None:
 
 def story() -> None:
     """Tell the story of an account, on both simulators. Exit code 1 names the step that differs. Every time anew."""
+    # Not imported by every other command, which would start half a second later: it has OpenAI's client.
+    from infra.demo.story import play  # noqa: PLC0415 - see above
+    from infra.demo.story_doors import Target  # noqa: PLC0415 - see above
+
     console = Console()
 
     def say(line: str) -> None:

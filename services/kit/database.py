@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Final
 
 import psycopg
-from alembic import command
-from alembic.config import Config
 from psycopg import AsyncConnection, Connection, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import TupleRow
@@ -228,6 +226,10 @@ def migrate(*, service: str, owner_url: SecretStr, versions: Path | None = None)
     One Alembic environment serves all services; each keeps its versions in `services/<service>/migrations/versions`
     and its version table in its own schema.
     """
+    # Not imported by every service, which would start a fifth later.
+    from alembic import command  # noqa: PLC0415 - see above
+    from alembic.config import Config  # noqa: PLC0415 - see above
+
     config = Config()
     config.set_main_option("script_location", str(_SERVICES / "kit" / "migrations"))
     config.set_main_option("path_separator", "newline")
