@@ -6,11 +6,15 @@ BIN := $(VENV)/bin
 RUNTIME := $(VENV)/installed-runtime
 DEVELOPMENT := $(VENV)/installed-development
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# A third of a worker's time is waiting: for a lease to run out, for a process to come back. So one more than cores.
+WORKERS ?= 3
 LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 
 .DEFAULT_GOAL := help
 .PHONY: help run test soak clients bench lock clean distclean
 .DELETE_ON_ERROR:
+# Everything is started from its modules hundreds of times in a run: compiled once, not each time.
+unexport PYTHONDONTWRITEBYTECODE
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,7 +27,7 @@ test: $(DEVELOPMENT) ## format, lint, types, import rules and all tests but the 
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n 2 -m "not soak"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not soak"
 
 soak: $(DEVELOPMENT) ## the long forms of the tests
 	$(BIN)/python -m pytest -m soak --timeout 0

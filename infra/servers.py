@@ -35,6 +35,8 @@ ISOLATION_VARIABLE: Final = "SCRIP_POSTGRES_ISOLATION"
 
 _FREE_PORT_ATTEMPTS: Final = 5
 _PORT_MIN: Final = 10_000
+# When so many of them are taken, taken by chance, hardly any is free.
+_PORTS_TRIED_MAX: Final = 2_000
 _OUTGOING_PORT_DEFAULT: Final = 32_768
 
 
@@ -370,9 +372,9 @@ def free_port() -> int:
     It lies below the ports the system gives to outgoing connections, so that no connection takes it before its
     server starts.
     """
-    ports = [port for port in _ports_to_give() if port not in _given]
-    for port in random.sample(ports, len(ports)):
-        if port_is_free(port):
+    ports = _ports_to_give()
+    for port in random.sample(ports, min(len(ports), _PORTS_TRIED_MAX)):
+        if port not in _given and port_is_free(port):
             _given.add(port)
             return port
     raise StackError("No port of the loopback address is free.")

@@ -31,7 +31,7 @@ from services.metering.settings import MeteringSettings
 REPOSITORY: Final = Path(__file__).resolve().parent.parent.parent
 SOURCES: Final = REPOSITORY / "clients" / "python" / "src"
 
-START_SECONDS_MAX: Final = 20.0
+START_SECONDS_MAX: Final = 40.0
 WAIT_SECONDS_MAX: Final = 20.0
 
 

@@ -117,7 +117,7 @@ class Driver:
             else:
                 if not (isinstance(reply, words.Failed) and reply.code == "unavailable"):
                     return reply
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.01)
 
     async def accepted(self, command: words.Command, *, principal: str = "tester") -> words.Accepted:
         """Ask for what must be accepted."""

@@ -108,12 +108,13 @@ async def test_a_ledger_that_only_answers_reads_what_the_owner_reads_and_hands_i
 async def test_without_an_owner_a_command_is_refused_for_now_and_reads_go_on(
     driver: Driver, ledger_settings: LedgerSettings, tmp_path: Path
 ) -> None:
-    with ledgers(ledger_settings, count=1, directory=tmp_path):
-        await until_owned(driver, owners=1)
-        await driver.funded("acme", "10")
-    stored = await driver.dump()
     reading = ledger_settings.model_copy(update={"ledger_owns": False})
-    with ledgers(reading, count=1, directory=tmp_path) as (reader,):
+    (tmp_path / "reader").mkdir()
+    with ledgers(reading, count=1, directory=tmp_path / "reader") as (reader,):
+        with ledgers(ledger_settings, count=1, directory=tmp_path):
+            await until_owned(driver, owners=1)
+            await driver.funded("acme", "10")
+        stored = await driver.dump()
         async with http(reader, driver) as asked:
             await until_ready(asked)
             answer = await command(asked, "/v1/grants", "g", account="acme", unit="usd", amount="1")

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp
 from infra.servers import LOOPBACK
 from infra.simulators.running import quieten
 
-START_SECONDS_MAX = 5.0
+START_SECONDS_MAX = 30.0
 
 
 @contextmanager
