@@ -60,6 +60,7 @@ class PullReader:
         self._lanes: dict[str, _Lane] = {}
         self._buffer: deque[_Delivery] = deque()
         self._wake = asyncio.Event()
+        self._waits = True
         self._connection = client.stats["reconnects"]
         self._draining: set[asyncio.Task[None]] = set()
 
@@ -108,6 +109,11 @@ class PullReader:
         for durable in list(self._lanes):
             await self.remove(durable)
 
+    def stop_waiting(self) -> None:
+        """From now on `next_batch` hands out what is there, or nothing, at once."""
+        self._waits = False
+        self._wake.set()
+
     async def next_batch(
         self, *, messages_max: int | None = None, bytes_max: int | None = None, timeout_seconds: float = 1.0
     ) -> list[Msg]:
@@ -123,7 +129,7 @@ class PullReader:
             if batch:
                 break
             left = deadline - time.monotonic()
-            if left <= 0:
+            if left <= 0 or not self._waits:
                 return []
             self._wake.clear()
             try:

@@ -265,6 +265,7 @@ class ChargesSubscriber:
     async def stop(self) -> None:
         """Read no more, and finish what was submitted."""
         self._stopping = True
+        self._reader.stop_waiting()
         if self._settling:
             await asyncio.wait(self._settling)
 

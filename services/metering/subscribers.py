@@ -112,6 +112,7 @@ class UsageSubscriber:
     def stop(self) -> None:
         """Let `run` return soon."""
         self._stopping = True
+        self._reader.stop_waiting()
 
     async def _read_all(self) -> None:
         while not self._stopping:

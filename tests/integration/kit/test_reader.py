@@ -169,6 +169,25 @@ async def test_what_was_buffered_too_long_is_not_handed_out(
     await reader.close()
 
 
+async def test_who_stops_waits_for_nothing_any_more(
+    ledger: Client, publish_charges: Callable[..., asyncio.Future[None]]
+) -> None:
+    reader = PullReader(ledger, stream=CHARGES, ack_wait_seconds=30)
+    await reader.add(charges_consumer(7))
+    waiting = asyncio.create_task(reader.next_batch(timeout_seconds=100))
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    reader.stop_waiting()
+    async with asyncio.timeout(10):
+        assert await waiting == []
+        assert await reader.next_batch(timeout_seconds=100) == []
+        # What has come is handed out all the same.
+        await publish_charges(range(3))
+        while not (batch := await reader.next_batch(timeout_seconds=100)):
+            await asyncio.sleep(0.01)
+    assert number_of(batch[0]) == 0
+
+
 async def test_a_lost_pull_request_is_noticed(
     ledger: Client, publish_charges: Callable[..., asyncio.Future[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
