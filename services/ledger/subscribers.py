@@ -243,9 +243,10 @@ class ChargesSubscriber:
 
     async def disown(self, partitions: Iterable[int]) -> None:
         """Read partitions no longer; what is buffered is given back."""
-        for partition in partitions:
+        leaving = list(partitions)
+        for partition in leaving:
             CHARGES_STOPPED.labels(partition=token(partition)).set(0)
-            await self._reader.remove(charges_consumer(partition))
+        await asyncio.gather(*(self._reader.remove(charges_consumer(partition)) for partition in leaving))
 
     async def run(self) -> None:
         """Read until `stop`. One task runs it."""
