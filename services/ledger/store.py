@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime
 from functools import cache
 from itertools import count
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import psycopg
@@ -285,6 +285,7 @@ _ACCOUNT: Final = _place(tables.lots, "account")
 _REFERENCE: Final = _place(tables.lots, "reference")
 _REPAID: Final = _place(tables.lots, "repaid")
 _STATUS: Final = _place(tables.holds, "status")
+_HOLD_BATCH: Final = _place(tables.holds, "batch")
 _EARMARKED_LOT: Final = _place(tables.hold_lots, "lot_id")
 
 
@@ -343,7 +344,7 @@ async def write(
 
     Tells `sent` when the server has it all, and there is nothing to do here but to wait.
     """
-    rows = {table: found for table, found in _rows_of(batch, signature) if found}
+    rows = {addition: found for addition, found in _rows_of(batch, signature) if found}
     values = [*_head_columns(batch)]
     for found in rows.values():
         values += _columns(found)
@@ -360,8 +361,31 @@ async def write(
         raise
 
 
-def _rows_of(batch: Sequence[Written], signature: Signature | None) -> Iterator[tuple[Table, list[Row]]]:
-    """By table, the rows of a batch."""
+class _Addition(NamedTuple):
+    """Rows for a table. Those that are `new` are not there yet, or nothing is written: UniqueViolation."""
+
+    table: Table
+    new: bool
+
+
+def _rows_of(batch: Sequence[Written], signature: Signature | None) -> Iterator[tuple[_Addition, list[Row]]]:
+    """The rows of a batch, by where they go."""
+    for table, rows in _record_of(batch, signature):
+        yield _Addition(table, new=True), rows
+    placed: list[Row] = []
+    for table in tables.PROJECTIONS:
+        changed = [row for one in batch for row in one.projections[table.name]]
+        if table is tables.holds:
+            # Whether they were placed before may not have been looked up.
+            begun = {one.after.partition: one.after.batch for one in batch}
+            placed = [row for row in changed if row[_HOLD_BATCH] == begun[row[0]]]
+            changed = [row for row in changed if row[_HOLD_BATCH] != begun[row[0]]]
+        yield _Addition(table, new=False), changed
+    yield _Addition(tables.holds, new=True), placed
+
+
+def _record_of(batch: Sequence[Written], signature: Signature | None) -> Iterator[tuple[Table, list[Row]]]:
+    """The rows of a batch that are only ever added, and the outbox's."""
     yield tables.journal, [_entry_row(one, each) for one in batch for each in one.entries]
     yield tables.commands, [row for one in batch for row in one.commands]
     yield tables.bundles, [row for one in batch for row in one.bundles]
@@ -369,18 +393,16 @@ def _rows_of(batch: Sequence[Written], signature: Signature | None) -> Iterator[
     yield tables.reversals, [(*row, one.after.recorded_at) for one in batch for row in one.reversals]
     if signature is not None:
         yield tables.signatures, _signature_rows(batch, signature)
-    for table in tables.PROJECTIONS:
-        yield table, [row for one in batch for row in one.projections[table.name]]
     yield tables.outbox, [_outbox_row(row) for one in batch for row in one.outbox]
 
 
 @cache
-def _write_statement(written: tuple[Table, ...]) -> bytes:
+def _write_statement(written: tuple[_Addition, ...]) -> bytes:
     """Advance the heads, and add rows to tables, as one statement: each costs by itself, whatever it adds.
 
     The heads come first: what a SELECT needs is done before what a WITH merely adds.
     """
-    additions = "".join(f", {table.name}_ AS ({_addition(table)})" for table in written)
+    additions = "".join(f", added_{place} AS ({_addition(*each)})" for place, each in enumerate(written))
     return _numbered(f"WITH heads_ AS ({_ADVANCE}){additions} SELECT count(*) FROM heads_")
 
 
@@ -390,12 +412,12 @@ _ADVANCE: Final = (
 )
 
 
-def _addition(table: Table) -> str:
-    """INSERT of any number of rows, whose columns are arrays; those of projections replace what is there."""
+def _addition(table: Table, new: bool) -> str:
+    """INSERT of any number of rows, whose columns are arrays; those that are not new replace what is there."""
     names = ", ".join(column.name for column in table.columns)
     arrays = ", ".join(f"%s::{column.type.compile(dialect=_POSTGRESQL)}[]" for column in table.columns)
     statement = f"INSERT INTO {table.name} ({names}) SELECT * FROM unnest({arrays})"
-    if table not in tables.PROJECTIONS:
+    if new:
         return statement
     key = ", ".join(column.name for column in table.primary_key)
     values = ", ".join(f"{column.name} = excluded.{column.name}" for column in table.columns if not column.primary_key)

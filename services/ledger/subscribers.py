@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import msgspec
@@ -38,6 +38,7 @@ from services.ledger.handlers import (
     Conflicting,
     Item,
     ListItem,
+    NotLookedUp,
     NotOwner,
     OutOfOrder,
     Replied,
@@ -159,6 +160,8 @@ class CommandSubscriber:
             return _json(refused_as(error))
         try:
             result = await self._batcher.submit(item, cost=len(item.commands) if isinstance(item, ListItem) else 1)
+            if isinstance(result, NotLookedUp) and isinstance(item, CommandItem):
+                result = await self._batcher.submit(replace(item, look_up=True))
         except Busy as error:
             return _json(words.Failed(code="busy", message=str(error)))
         except (*TRY_AGAIN, Stopped) as error:

@@ -17,7 +17,10 @@ from services.ledger.translate import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommandItem:
-    """A command, who sent it, under which key, and the hash of what was sent. A dry run changes nothing."""
+    """A command, who sent it, under which key, and the hash of what was sent. A dry run changes nothing.
+
+    `look_up`: whether its key, and what else it may repeat, is known; else it is taken for new, until that shows.
+    """
 
     partition: int
     principal: str
@@ -25,6 +28,7 @@ class CommandItem:
     body_hash: bytes
     command: Command
     dry_run: bool = False
+    look_up: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +79,11 @@ class Replied:
 
 
 @dataclass(frozen=True, slots=True)
+class NotLookedUp:
+    """A command that was taken for new would be refused: it may be a repeat. To be asked again with `look_up`."""
+
+
+@dataclass(frozen=True, slots=True)
 class TracedCharge:
     """Where in the journal the charge of a traced line begins, or the code of why it is not there."""
 
@@ -118,7 +127,7 @@ class NotOwner:
     """The partition is not, or no longer, owned here."""
 
 
-Result = Replied | Taken | OutOfOrder | Conflicting | Swept | NotOwner
+Result = Replied | NotLookedUp | Taken | OutOfOrder | Conflicting | Swept | NotOwner
 
 
 def lines_of(item: Item) -> Iterator[ChargeLine]:

@@ -17,8 +17,26 @@ from services.ledger import store
 from services.ledger.domain.commands import Units
 from services.ledger.domain.draft import Draft
 from services.ledger.domain.state import PartitionState
-from services.ledger.handlers.items import BundleItem, CommandItem, Item, ListItem, NotOwner, Replied, Result, SweepItem
-from services.ledger.handlers.needs import BATCH_SECONDS_MAX, Owned, late_needs_of, needs_of
+from services.ledger.handlers.items import (
+    BundleItem,
+    CommandItem,
+    Item,
+    ListItem,
+    NotLookedUp,
+    NotOwner,
+    Replied,
+    Result,
+    SweepItem,
+)
+from services.ledger.handlers.keys import Keys
+from services.ledger.handlers.needs import (
+    BATCH_SECONDS_MAX,
+    Owned,
+    late_needs_of,
+    may_repeat,
+    need_repeats,
+    needs_of,
+)
 from services.ledger.handlers.work import Work
 from services.ledger.projections import add_rows
 from services.ledger.signing import Signer
@@ -30,6 +48,8 @@ log = get_logger(__name__)
 ACCOUNTS_KEPT_MAX: Final = 200_000
 HOLDS_KEPT_MAX: Final = 200_000
 _ATTEMPTS_MAX: Final = 5
+# What says that something was done before: under this key, for this use, under this id.
+_REPEATED: Final = frozenset({"commands_pkey", "charge_lines_pkey", "holds_pkey"})
 
 
 class _InVain(Exception):
@@ -69,6 +89,7 @@ class Ledger:
         self._committing = asyncio.Lock()
         # How many batches were decided in vain: what was decided after them, and before they failed, is so, too.
         self._failures = 0
+        self._keys = Keys()
 
     @property
     def partitions(self) -> frozenset[int]:
@@ -93,29 +114,34 @@ class Ledger:
 
         Tells `decided` if others may be processed while these commit: what they are decided on is not stored then.
         """
-        look_up_lines = False
+        look_up = False
         async with asyncio.timeout(BATCH_SECONDS_MAX):
             for _ in range(_ATTEMPTS_MAX):
                 try:
-                    return await self._attempt(items, decided, look_up_lines=look_up_lines)
+                    return await self._attempt(items, decided, look_up=look_up)
                 except (HeadMoved, _InVain) as error:
                     log.warning("a batch was decided in vain, the heads are read again", reason=str(error))
                 except psycopg.errors.UniqueViolation as error:
-                    # Seldom: so lines are not looked up beforehand until one turns out to be a repeat.
-                    if look_up_lines or error.diag.constraint_name != "charge_lines_pkey":
+                    # Seldom: so nothing is looked up beforehand until it turns out to be a repeat.
+                    if look_up or error.diag.constraint_name not in _REPEATED:
                         raise
-                    look_up_lines = True
+                    look_up = True
+                    self._keys.be_wary(self._now())
         raise HeadMoved(f"the heads moved {_ATTEMPTS_MAX} times while a batch was decided")
 
-    async def _attempt(
-        self, items: Sequence[Item], decided: Callable[[], None], *, look_up_lines: bool
-    ) -> list[Result]:
+    async def _attempt(self, items: Sequence[Item], decided: Callable[[], None], *, look_up: bool) -> list[Result]:
         async with self._deciding:
-            needs = needs_of(items, self._owned, look_up_lines=look_up_lines)
-            if needs or late_needs_of(items, self._owned, units=self._units, now=self._now()):
+            now = self._now()
+            needs = needs_of(items, self._owned, look_up_lines=look_up)
+            if (
+                needs
+                or look_up
+                or may_repeat(items, self._keys, now)
+                or late_needs_of(items, self._owned, units=self._units, now=now)
+            ):
                 # What is to be read has to be what the batch before has left behind.
                 async with self._committing:
-                    return await self._alone(items, look_up_lines=look_up_lines)
+                    return await self._alone(items, look_up_lines=look_up)
             failures = self._failures
             with self._distrusting(items):
                 decision = await self._decide_all(items, needs, Loaded())
@@ -131,8 +157,11 @@ class Ledger:
         with self._distrusting(items):
             async with self._writer.transaction() as connection:
                 needs = needs_of(items, self._owned, look_up_lines=look_up_lines)
+                # It costs little where something is read.
+                need_repeats(needs, items, self._owned)
                 loaded = await store.load(connection, needs)
                 self._refresh(needs, loaded)
+                self._stay_wary(loaded)
                 if late := late_needs_of(items, self._owned, units=self._units, now=self._now()):
                     # Together: an account that is read again is read with the lots that it was given before.
                     loaded.add(await store.load(connection, late))
@@ -140,6 +169,12 @@ class Ledger:
                 decision = await self._decide_all(items, needs, loaded)
                 await self._commit(connection, decision)
         return decision.results
+
+    def _stay_wary(self, loaded: Loaded) -> None:
+        """Go on looking up keys that are not recent for as long as some of them turn out to be known."""
+        now = self._now()
+        if self._keys.is_wary(now) and any(not self._keys.is_recent(key) for key in loaded.commands):
+            self._keys.be_wary(now)
 
     def _check(self, failures: int) -> None:
         """Raises _InVain if a batch has failed since there were so many failures."""
@@ -176,6 +211,8 @@ class Ledger:
             if (owned := self._owned.get(one.after.partition)) is not None:
                 owned.head = one.after
                 owned.state.written(one.after.recorded_at)
+            # Before they are committed: a repeat right behind waits for that, and finds them.
+            self._keys.accept((partition, principal, key) for partition, principal, key, *_ in one.commands)
         self._forget_some()
         return _Decision(results, written, signature)
 
@@ -239,7 +276,9 @@ class Ledger:
             )
         match item:
             case CommandItem():
-                return Replied(work.take_command(item))
+                is_looked_up = (item.partition, item.principal, item.key) in needs.commands
+                reply = work.take_command(item, is_looked_up=is_looked_up)
+                return NotLookedUp() if reply is None else Replied(reply)
             case ListItem():
                 return Replied(work.take_list(item))
             case SweepItem():

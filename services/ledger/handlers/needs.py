@@ -1,6 +1,6 @@
 """What of the partitions owned has to be read before a batch can be decided."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final, assert_never
@@ -13,6 +13,7 @@ from services.ledger.domain.commands import (
     ClaimPayment,
     Command,
     Grant,
+    PlaceHold,
     ResolveHold,
     ReverseCharge,
     Transfer,
@@ -33,6 +34,7 @@ from services.ledger.handlers.items import (
     lines_of,
     reversals_of,
 )
+from services.ledger.handlers.keys import Key, Keys
 from services.ledger.store import Needs
 from services.ledger.translate import Bundle
 
@@ -55,7 +57,7 @@ class Owned:
 
 
 def needs_of(items: Sequence[Item], owned: Mapping[int, Owned], *, look_up_lines: bool) -> Needs:
-    """What is not in memory."""
+    """What is not in memory, but for what commands may repeat."""
     needs = Needs()
     for item in items:
         here = owned.get(item.partition)
@@ -65,14 +67,9 @@ def needs_of(items: Sequence[Item], owned: Mapping[int, Owned], *, look_up_lines
             needs.heads.add(item.partition)
         match item:
             case CommandItem():
-                needs.commands.add((item.partition, item.principal, item.key))
                 _need(needs, item.partition, here.state, item.command)
-            case ListItem():
-                if item.key is not None:
-                    needs.commands.add((item.partition, item.principal, item.key))
-                for each in item.commands:
-                    if item.key is None:
-                        needs.commands.add((item.partition, item.principal, each.key))
+            case ListItem(commands=commands):
+                for each in commands:
                     _need(needs, item.partition, here.state, each.command)
             case SweepItem():
                 _need(needs, item.partition, here.state, item.command)
@@ -83,6 +80,46 @@ def needs_of(items: Sequence[Item], owned: Mapping[int, Owned], *, look_up_lines
             case _:
                 assert_never(item)
     return needs
+
+
+def keys_of(item: Item) -> Iterator[Key]:
+    """The idempotency keys of what is asked."""
+    match item:
+        case CommandItem() | ListItem(key=str()):
+            assert item.key is not None
+            yield item.partition, item.principal, item.key
+        case ListItem(commands=commands):
+            yield from ((item.partition, item.principal, each.key) for each in commands)
+        case _:
+            pass
+
+
+def may_repeat(items: Iterable[Item], keys: Keys, now: datetime) -> bool:
+    """Whether what commands may repeat is to be looked up, as it would not show, or probably is a repeat."""
+    asked = [item for item in items if isinstance(item, CommandItem | ListItem)]
+    return bool(asked) and (
+        keys.is_wary(now)
+        # What is tried out only is not written.
+        or any(isinstance(item, ListItem) or item.look_up or item.dry_run for item in asked)
+        or any(keys.is_recent(key) for item in asked for key in keys_of(item))
+    )
+
+
+def need_repeats(needs: Needs, items: Iterable[Item], owned: Mapping[int, Owned]) -> None:
+    """Add what commands may repeat: their keys, what they charge, the holds they place."""
+    for item in items:
+        here = owned.get(item.partition)
+        if here is None or not isinstance(item, CommandItem | ListItem):
+            continue
+        needs.commands.update(keys_of(item))
+        for command in commands_of(item):
+            match command:
+                case ChargeLine():
+                    needs.lines.add((item.partition, command.source, command.event_id, command.revision))
+                case PlaceHold() if not _is_open(here.state, command.hold):
+                    needs.holds.add((item.partition, command.hold, command.account))
+                case _:
+                    pass
 
 
 def late_needs_of(items: Sequence[Item], owned: Mapping[int, Owned], *, units: Units, now: datetime) -> Needs:
@@ -123,8 +160,6 @@ def late_needs_of(items: Sequence[Item], owned: Mapping[int, Owned], *, units: U
 def _need(needs: Needs, partition: int, state: PartitionState, command: Command) -> None:
     needs.accounts.update((partition, account) for account in accounts_of(command) if account not in state.accounts)
     match command:
-        case ChargeLine():
-            needs.lines.add((partition, command.source, command.event_id, command.revision))
         case Grant() if (payment := payment_of(command.kind, command.reference)) is not None:
             needs.payments.add((partition, payment, command.account, False))
         case ClaimPayment():
@@ -136,7 +171,7 @@ def _need(needs: Needs, partition: int, state: PartitionState, command: Command)
             needs.past_lines.add(line)
         case _:
             pass
-    hold = hold_of(command)
+    hold = None if isinstance(command, PlaceHold) else hold_of(command)
     if hold is not None and not _is_open(state, hold):
         needs.holds.add((partition, hold, command.account))
 

@@ -160,9 +160,13 @@ class Work:
 
     # Commands
 
-    def take_command(self, item: CommandItem) -> bytes:
-        """Decide a command, or repeat the outcome its key has: the reply as JSON."""
-        return _encode(self._reply(item))
+    def take_command(self, item: CommandItem, *, is_looked_up: bool) -> bytes | None:
+        """Decide a command, or repeat the outcome its key has: the reply as JSON.
+
+        None: it would be refused, unless it was accepted before. Of what is accepted that shows when it is written.
+        """
+        reply = self._reply(item, is_looked_up=is_looked_up)
+        return None if reply["status"] == "refused" and not is_looked_up else _encode(reply)
 
     def take_list(self, item: ListItem) -> bytes:
         """Decide commands one after the other, each as if it came alone; or all of them, or none: the reply as JSON."""
@@ -187,7 +191,7 @@ class Work:
                 assert_never(item.command)
         return Swept(self._draft.entries - before)
 
-    def _reply(self, item: CommandItem, *, is_tried_out: bool = False) -> dict[str, Any]:
+    def _reply(self, item: CommandItem, *, is_tried_out: bool = False, is_looked_up: bool = True) -> dict[str, Any]:
         name = type(item.command).__name__
         dry_run = item.dry_run or is_tried_out
         if (known := self._outcome_of(item.principal, item.key)) is not None:
@@ -195,7 +199,8 @@ class Work:
         # What is tried out as part of a list is known to what comes after it.
         done = self._try(item.command, dry_run=item.dry_run and not is_tried_out)
         if not isinstance(done, _Done):
-            _count(name, done.code)
+            if is_looked_up:
+                _count(name, done.code)
             return refused(done, partition=self._partition, units=self._units)
         if dry_run:
             _count(name, "dry_run")
