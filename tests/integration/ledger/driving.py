@@ -4,9 +4,9 @@ import asyncio
 import itertools
 import json
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
 import httpx2
@@ -22,6 +22,7 @@ from contracts.streams import CHARGES, charges_rated_subject, ledger_command_sub
 from infra.schemas import MESSAGES
 from services.kit.publish import Message, publish, publish_batch
 from services.ledger.app import build
+from services.ledger.handlers import CommandItem, Item, Ledger, NotLookedUp, Result
 from services.ledger.settings import LedgerSettings
 
 WAIT_SECONDS_MAX: Final = 45.0
@@ -55,6 +56,20 @@ FACTS: Final[Mapping[str, type[BaseModel]]] = {
     for message in MESSAGES
     if message.kind == "event" and message.name.startswith("ledger.")
 }
+
+
+async def processed(ledger: Ledger, items: Sequence[Item]) -> list[Result]:
+    """Process items as the subscriber has it done: what would be refused is asked again, and looked up."""
+    results = await ledger.process(items)
+    again = {
+        place: replace(item, look_up=True)
+        for place, (item, result) in enumerate(zip(items, results, strict=True))
+        if isinstance(result, NotLookedUp) and isinstance(item, CommandItem)
+    }
+    if again:
+        for place, result in zip(again, await ledger.process([*again.values()]), strict=True):
+            results[place] = result
+    return results
 
 
 @dataclass(frozen=True, slots=True)

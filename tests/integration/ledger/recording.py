@@ -51,6 +51,7 @@ from services.ledger.handlers import BundleItem, CommandItem, Item, Ledger, Repl
 from services.ledger.signing import Signer, new_key, signer
 from services.ledger.translate import Bundle
 from tests.conftest import CATALOGUE_FILE
+from tests.integration.ledger.driving import processed
 
 BEGIN: Final = datetime(2026, 7, 1, 12, tzinfo=UTC)
 UNITS: Final = Units.of(load_catalogue(CATALOGUE_FILE).units)
@@ -78,7 +79,7 @@ class Recorder:
 
     async def do(self, *commands: Command) -> list[dict[str, Any]]:
         """Carry out commands in one batch; their replies."""
-        results = await self.ledger.process([self._item(command) for command in commands])
+        results = await processed(self.ledger, [self._item(command) for command in commands])
         replies = [msgspec.json.decode(result.body) for result in results if isinstance(result, Replied)]
         for command, reply in zip(commands, replies, strict=True):
             self.outcomes[f"{type(command).__name__} {reply.get('code', reply['status'])}"] += 1

@@ -32,13 +32,13 @@ from services.ledger.domain.commands import (
     Units,
     WalletTerms,
 )
-from services.ledger.handlers import CommandItem, Item, Ledger, ListItem, NotLookedUp, Replied, Result
+from services.ledger.handlers import CommandItem, Item, Ledger, ListItem, NotLookedUp, Replied
 from services.ledger.replay import replay
 from services.ledger.translate import WHEN_RECORDED
 from tests.builders import grant, hold_leg, open_account, place_hold, release_hold
 from tests.conftest import Database
 from tests.eventually import eventually
-from tests.integration.ledger.driving import Driver
+from tests.integration.ledger.driving import Driver, processed
 from tests.unit.ledger.book import hold_id
 
 pytestmark = pytest.mark.anyio
@@ -150,13 +150,8 @@ def owners(database: Database, seen: Seen) -> Owners:
 
 
 async def ask(owner: Ledger, *items: Item) -> list[dict[str, Any]]:
-    """Ask as the subscriber does, all at once: what might be a repeat is looked up."""
-    results: list[Result] = await owner.process(items)
-    again = [place for place, result in enumerate(results) if isinstance(result, NotLookedUp)]
-    asked = [items[place] for place in again]
-    looked_up = [replace(each, look_up=True) for each in asked if isinstance(each, CommandItem)]
-    for place, result in zip(again, await owner.process(looked_up) if looked_up else [], strict=True):
-        results[place] = result
+    """Ask for commands all at once; their replies."""
+    results = await processed(owner, items)
     replies = [msgspec.json.decode(result.body) for result in results if isinstance(result, Replied)]
     assert len(replies) == len(items)
     return replies
