@@ -1,35 +1,48 @@
-"""A decision in the making: its moves so far, and the state as it is with them. What it began with stays as it is."""
+"""A decision in the making: its moves so far, and the state as it is with them; when it ends that is as it was."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
 
 from contracts.accounts import root
 from services.ledger.domain.commands import Units
 from services.ledger.domain.concerned import Place
-from services.ledger.domain.entries import Entry, Move
+from services.ledger.domain.entries import Entry, Move, is_contra
 from services.ledger.domain.evolve import evolve
-from services.ledger.domain.state import Account, Lot, PartitionState, Payment, Wallet
+from services.ledger.domain.state import Lot, PartitionState, Payment, Wallet
 
 
 class Attempt:
     """For decisions in which a move depends on what those before it made of the lots.
 
-    Accounts are copied when they are first asked for. A lot that it hands out follows the moves.
+    While it is entered, the state and all that is of it follow its moves. Nothing else may change it meanwhile.
     """
 
-    def __init__(self, state: PartitionState, *, units: Units, place: Place, holds: Iterable[str] = ()) -> None:
+    def __init__(self, state: PartitionState, *, units: Units, place: Place) -> None:
+        self.state = state
         self.units = units
         self.place = place
         self.moves: list[Move] = []
-        self._before = state
-        self._state = PartitionState(payments=state.payments, holds=state.holds).fork(accounts=(), holds=holds)
         self._new_lots = 0
+        # What was counted of the wallets it moves.
+        self._before: dict[tuple[str, str], int] = {}
+
+    def __enter__(self) -> Self:
+        self._trial = self.state.try_out()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.state.undo(self._trial)
 
     def do(self, *moves: Move) -> None:
         """Add moves."""
         for move in moves:
-            if move.account in self._before.accounts:
-                self._account(move.account)
-            evolve(self._state, self._entry(move))
+            if move.unit is not None and not is_contra(move.account):
+                wallet = self.wallet(move.account, move.unit)
+                self._before.setdefault((move.account, move.unit), wallet.counted)
+            evolve(self.state, self._entry(move))
             self.moves.append(move)
 
     def new_lot(self) -> str:
@@ -37,57 +50,41 @@ class Attempt:
         self._new_lots += 1
         return self.place.new_lot(self._new_lots - 1)
 
-    def state(self, accounts: Iterable[str]) -> PartitionState:
-        """Those of some accounts that are open and the holds it was begun with, with the moves. It follows them."""
-        for account in accounts:
-            if account in self._before.accounts:
-                self._account(account)
-        return self._state
-
     def wallet(self, account: str, unit: str) -> Wallet:
-        """An open wallet, with the moves."""
-        return self._account(account).wallets[unit]
+        """An open wallet."""
+        return self.state.accounts[account].wallets[unit]
 
     def wallet_of(self, lot: Lot) -> Wallet:
-        """The wallet that a lot is in, with the moves."""
+        """The wallet that a lot is in."""
         return self.wallet(lot.account, lot.unit)
 
     def payment(self, payment: str, account: str) -> Payment | None:
-        """A payment, with the moves, if it was read."""
-        return self._state.payments.get((payment, account))
+        """A payment, if it was read."""
+        return self.state.payments.get((payment, account))
 
     def is_claimed(self, payment: str) -> bool:
         """Whether there are claims on a payment that was read, of whatever account."""
-        return any(of == payment and bool(found.claims) for (of, _), found in self._state.payments.items())
+        return any(of == payment and bool(found.claims) for (of, _), found in self.state.payments.items())
 
     def referring(self, reference: str, account: str) -> list[Lot]:
-        """The lots in all accounts of a tree that refer to something, with the moves."""
-        found = []
-        for name in self._tree(account):
-            seen = self._state.accounts.get(name) or self._before.accounts[name]
-            if any(lot.reference == reference for wallet in seen.wallets.values() for lot in wallet.lots.values()):
-                wallets = self._account(name).wallets.values()
-                found += [lot for wallet in wallets for lot in wallet.lots.values() if lot.reference == reference]
-        return found
+        """The lots in all accounts of a tree that refer to something."""
+        return [
+            lot
+            for name in self._tree(account)
+            for wallet in self.state.accounts[name].wallets.values()
+            for lot in wallet.lots.values()
+            if lot.reference == reference
+        ]
 
-    def wallets(self) -> Iterator[tuple[Wallet, Wallet]]:
-        """The wallets that may have changed: as they were, and with the moves."""
-        for account in self._state.accounts.values():
-            for wallet in account.wallets.values():
-                yield self._before.accounts[account.id].wallets[wallet.unit], wallet
+    def wallets(self) -> Iterator[tuple[int, Wallet]]:
+        """The wallets that were moved, and what was counted of each before."""
+        for (account, unit), before in self._before.items():
+            yield before, self.wallet(account, unit)
 
     def _tree(self, account: str) -> Iterator[str]:
         top = root(account)
         beneath = f"{top}/"
-        return (name for name in self._before.accounts if name == top or name.startswith(beneath))
-
-    def _account(self, name: str) -> Account:
-        found = self._state.accounts.get(name)
-        if found is None:
-            alone = PartitionState(accounts={name: self._before.accounts[name]})
-            found = alone.fork(accounts=(name,), holds=()).accounts[name]
-            self._state.accounts[name] = found
-        return found
+        return (name for name in self.state.accounts if name == top or name.startswith(beneath))
 
     def _entry(self, move: Move) -> Entry:
         return Entry(

@@ -9,7 +9,6 @@ from datetime import datetime
 from itertools import count
 from typing import Final
 
-from contracts.accounts import path
 from contracts.money import Unit
 from services.ledger.domain.attempt import Attempt
 from services.ledger.domain.claims import Back
@@ -383,29 +382,28 @@ def _charge_after_estimate(
 
     Of what is left claims on its payments have their part: they, and what else is granted for them, have been read.
     """
-    attempt = Attempt(state, units=units, place=place, holds=(hold.id,))
-    restored, repaid = _restore_estimate(attempt, hold, line)
-    tried = attempt.state((*path(line.account), *(earmark.account for earmark in hold.earmarks.values())))
-    decided = _charge(
-        tried,
-        line,
-        tried.holds[hold.id],
-        units=units,
-        place=place,
-        new_lots=iter(attempt.new_lot, None),
-        restored={
-            lot.id: amount if lot.kind in PSEUDO_KINDS else min(amount, lot.available)
-            for lot, amount in restored
-            if lot.kind not in _STAND_INS
-        },
-    )
-    if not isinstance(decided, list):
-        return decided
-    attempt.do(*decided)
-    # As if it had been held until now.
-    restore(attempt, [each for each in restored if each[0].kind not in PSEUDO_KINDS], with_grace=False)
-    restore(attempt, repaid)
-    return attempt.moves
+    with Attempt(state, units=units, place=place) as attempt:
+        restored, repaid = _restore_estimate(attempt, hold, line)
+        decided = _charge(
+            state,
+            line,
+            hold,
+            units=units,
+            place=place,
+            new_lots=iter(attempt.new_lot, None),
+            restored={
+                lot.id: amount if lot.kind in PSEUDO_KINDS else min(amount, lot.available)
+                for lot, amount in restored
+                if lot.kind not in _STAND_INS
+            },
+        )
+        if not isinstance(decided, list):
+            return decided
+        attempt.do(*decided)
+        # As if it had been held until now.
+        restore(attempt, [each for each in restored if each[0].kind not in PSEUDO_KINDS], with_grace=False)
+        restore(attempt, repaid)
+        return attempt.moves
 
 
 def _restore_estimate(attempt: Attempt, hold: Hold, line: ChargeLine) -> tuple[list[Back], list[Back]]:
@@ -415,11 +413,13 @@ def _restore_estimate(attempt: Attempt, hold: Hold, line: ChargeLine) -> tuple[l
     now = attempt.place.recorded_at
     per_wallet: dict[tuple[str, str], int] = {}
     for earmark in hold.earmarks.values():
-        if not earmark.estimated:
+        # The earmark follows the moves.
+        amount = earmark.estimated
+        if not amount:
             continue
         lot = attempt.wallet(earmark.account, earmark.unit).lots[earmark.lot]
-        if lot.kind == "debt" and lot.posted + earmark.estimated > 0:
-            repaid += unrepay(attempt, lot, lot.posted + earmark.estimated, occurred_at=now)
+        if lot.kind == "debt" and lot.posted + amount > 0:
+            repaid += unrepay(attempt, lot, lot.posted + amount, occurred_at=now)
         attempt.do(
             Move(
                 kind="estimate_reversed",
@@ -429,11 +429,11 @@ def _restore_estimate(attempt: Attempt, hold: Hold, line: ChargeLine) -> tuple[l
                 lot=lot.id,
                 lot_kind=lot.kind,
                 hold=hold.id,
-                posted=earmark.estimated,
+                posted=amount,
             )
         )
-        restored.append((lot, earmark.estimated))
-        per_wallet[lot.account, lot.unit] = per_wallet.get((lot.account, lot.unit), 0) + earmark.estimated
+        restored.append((lot, amount))
+        per_wallet[lot.account, lot.unit] = per_wallet.get((lot.account, lot.unit), 0) + amount
     for (account, name), amount in per_wallet.items():
         unit = attempt.units.by_name[name]
         attempt.do(

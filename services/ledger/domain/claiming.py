@@ -39,15 +39,15 @@ def decide_claim_payment(
             revision=command.revision,
         ),
     )
-    attempt = Attempt(state, units=units, place=place)
-    attempt.do(said)
-    payment = attempt.payment(command.payment, command.account)
-    assert payment is not None
-    restore(attempt, claims.settle(attempt, payment, occurred_at=occurred_at))
-    for _, wallet in attempt.wallets():
-        if not -BALANCE_MAX <= wallet.posted - wallet.overage <= BALANCE_MAX:
-            return InvalidAmount(wallet.unit, "the wallet would owe or have more than it can count")
-    return attempt.moves
+    with Attempt(state, units=units, place=place) as attempt:
+        attempt.do(said)
+        payment = attempt.payment(command.payment, command.account)
+        assert payment is not None
+        restore(attempt, claims.settle(attempt, payment, occurred_at=occurred_at))
+        for _, wallet in attempt.wallets():
+            if not -BALANCE_MAX <= wallet.posted - wallet.overage <= BALANCE_MAX:
+                return InvalidAmount(wallet.unit, "the wallet would owe or have more than it can count")
+        return attempt.moves
 
 
 def _check_claim(

@@ -1,6 +1,6 @@
 """One batch of one partition while it is being decided: entries get their places, and the state follows them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -15,7 +15,7 @@ from services.ledger.domain.chain import details_text, entry_hash
 from services.ledger.domain.concerned import Place
 from services.ledger.domain.entries import Details, Entry, Move
 from services.ledger.domain.evolve import evolve
-from services.ledger.domain.state import PartitionState
+from services.ledger.domain.state import PartitionState, Trial
 
 _TICK: Final = timedelta(microseconds=1)
 # What one entry may sum up to: well inside a bigint.
@@ -47,7 +47,7 @@ class Recorded(msgspec.Struct, frozen=True, gc=False):
 class Fork:
     """Where a draft stood when it began to try something out."""
 
-    state: PartitionState
+    trial: Trial
     entries: int
     outbox_number: int
 
@@ -73,22 +73,19 @@ class Draft:
         """How many there are."""
         return len(self._entries)
 
-    def fork(self, *, accounts: Iterable[str], holds: Iterable[str]) -> Fork:
-        """Go on with copies of these accounts and holds, until `join` or `drop` of what it returns. May be nested."""
-        fork = Fork(self.state, len(self._entries), self.outbox_number)
-        self.state = fork.state.fork(accounts=accounts, holds=holds)
-        return fork
+    def fork(self) -> Fork:
+        """What is done from here on is tried out, until `join` or `drop` of what it returns. May be nested."""
+        return Fork(self.state.try_out(), len(self._entries), self.outbox_number)
 
     def join(self, fork: Fork) -> None:
         """What was tried out holds."""
-        fork.state.join(self.state)
-        self.state = fork.state
+        self.state.keep(fork.trial)
 
     def drop(self, fork: Fork) -> None:
         """What was tried out has never been."""
         del self._entries[fork.entries :]
         self.outbox_number = fork.outbox_number
-        self.state = fork.state
+        self.state.undo(fork.trial)
 
     def next_outbox_number(self) -> int:
         """The number of the next fact."""

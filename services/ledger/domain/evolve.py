@@ -129,6 +129,7 @@ def _open_account(state: PartitionState, entry: Entry) -> None:
         position=entry.position,
         transaction=entry.transaction,
     )
+    state.setting(state.accounts, account.id)
     state.accounts[account.id] = account
     state.changes.accounts[account.id] = account
 
@@ -149,6 +150,7 @@ def _open_wallet(state: PartitionState, entry: Entry) -> None:
         batch=entry.batch,
         position=entry.position,
     )
+    state.setting(account.wallets, wallet.unit)
     account.wallets[wallet.unit] = wallet
     state.changes.wallets[wallet.account, wallet.unit] = wallet
 
@@ -157,6 +159,7 @@ def _set_wallet(state: PartitionState, entry: Entry) -> None:
     wallet = _wallet(state, entry)
     if not isinstance(entry.details, WalletOpened):
         raise BrokenJournal(f"a wallet is given no terms, at {_place(entry)}")
+    state.changing(wallet)
     wallet.policy = entry.details.policy
     wallet.overdraft = entry.details.overdraft
     wallet.thresholds = entry.details.thresholds
@@ -168,6 +171,7 @@ def _set_rule(state: PartitionState, entry: Entry) -> None:
     wallet = _wallet(state, entry)
     if not isinstance(entry.details, RuleSet):
         raise BrokenJournal(f"a rule is set without saying which, at {_place(entry)}")
+    state.setting(wallet.rules, entry.details.rule.id)
     rule = wallet.rules[entry.details.rule.id] = RuleState(
         rule=entry.details.rule,
         account=wallet.account,
@@ -184,6 +188,7 @@ def _end_rule(state: PartitionState, entry: Entry) -> None:
     rule = wallet.rules.get(entry.details.rule) if isinstance(entry.details, RuleEnded) else None
     if rule is None or not isinstance(entry.details, RuleEnded):
         raise BrokenJournal(f"a rule ends that there is not, at {_place(entry)}")
+    state.changing(rule)
     if entry.details.end_period is None:
         rule.ended = True
     else:
@@ -192,6 +197,7 @@ def _end_rule(state: PartitionState, entry: Entry) -> None:
 
 
 def _rule_changed(state: PartitionState, wallet: Wallet, rule: RuleState) -> None:
+    state.changing(wallet)
     wallet.rule_changed(rule)
     state.changes.rules[wallet.account, wallet.unit, rule.rule.id] = rule
     state.changes.wallets[wallet.account, wallet.unit] = wallet
@@ -202,17 +208,19 @@ def _grant_lot(state: PartitionState, entry: Entry) -> None:
     if entry.lot_kind is None or not isinstance(details, LotGranted):
         raise BrokenJournal(f"a grant does not say what lot it adds, at {_place(entry)}")
     wallet = _wallet(state, entry)
-    lot = _new_lot(wallet, entry, kind=entry.lot_kind, details=details, granted=entry.posted)
+    lot = _new_lot(state, wallet, entry, kind=entry.lot_kind, details=details, granted=entry.posted)
     if details.rule is not None and details.period is not None and entry.kind == "lot_granted":
         rule = wallet.rules.get(details.rule)
         if rule is None or rule.next_period != details.period:
             raise BrokenJournal(f"a period is granted out of its turn, at {_place(entry)}")
+        state.changing(rule)
         rule.next_period = details.period + 1
         _rule_changed(state, wallet, rule)
     of_payment = None if details.origin is not None else payment_of(lot.kind, lot.reference)
     if of_payment is not None:
         payment = _payment(state, entry, of_payment)
         if lot.kind == "purchase" and payment.unit in {None, lot.unit}:
+            state.changing(payment)
             payment.unit = lot.unit
             payment.paid += lot.granted
 
@@ -220,10 +228,13 @@ def _grant_lot(state: PartitionState, entry: Entry) -> None:
 def _came_in(state: PartitionState, entry: Entry) -> None:
     """What levels in percent are counted of."""
     wallet = _wallet(state, entry)
+    state.changing(wallet)
     wallet.full = wallet.posted
 
 
-def _new_lot(wallet: Wallet, entry: Entry, *, kind: LotKind, details: LotGranted, granted: int) -> Lot:
+def _new_lot(
+    state: PartitionState, wallet: Wallet, entry: Entry, *, kind: LotKind, details: LotGranted, granted: int
+) -> Lot:
     if entry.lot is None or entry.lot in wallet.lots:
         raise BrokenJournal(f"a lot is added twice or has no id, at {_place(entry)}")
     lot = Lot(
@@ -246,6 +257,8 @@ def _new_lot(wallet: Wallet, entry: Entry, *, kind: LotKind, details: LotGranted
         batch=entry.batch,
         position=entry.position,
     )
+    state.changing(wallet)
+    state.setting(wallet.lots, lot.id)
     wallet.add(lot)
     return lot
 
@@ -253,11 +266,11 @@ def _new_lot(wallet: Wallet, entry: Entry, *, kind: LotKind, details: LotGranted
 def _open_pseudo_lot(state: PartitionState, entry: Entry) -> None:
     if entry.lot_kind is None or not isinstance(entry.details, LotGranted):
         raise BrokenJournal(f"a lot is opened without saying which, at {_place(entry)}")
-    lot = _new_lot(_wallet(state, entry), entry, kind=entry.lot_kind, details=entry.details, granted=0)
+    lot = _new_lot(state, _wallet(state, entry), entry, kind=entry.lot_kind, details=entry.details, granted=0)
     state.changes.lots[lot.id] = lot
 
 
-def _new_pseudo_lot(wallet: Wallet, entry: Entry) -> Lot:
+def _new_pseudo_lot(state: PartitionState, wallet: Wallet, entry: Entry) -> Lot:
     """What is taken or set aside beyond what is there makes a pseudo-lot; nothing else is from nowhere."""
     if entry.kind not in _FROM_NOWHERE or entry.lot_kind not in PSEUDO_KINDS:
         raise BrokenJournal(f"lot {entry.lot} is moved before it is there, at {_place(entry)}")
@@ -266,7 +279,7 @@ def _new_pseudo_lot(wallet: Wallet, entry: Entry) -> Lot:
     if entry.lot_kind == "debt" and isinstance(entry.details, ClawedBack):
         # It says in whose stead it is owed: it is cancelled if the claim is.
         details = LotGranted(priority=0, reference=entry.details.payment, origin=entry.details.lot)
-    return _new_lot(wallet, entry, kind=entry.lot_kind, details=details, granted=0)
+    return _new_lot(state, wallet, entry, kind=entry.lot_kind, details=details, granted=0)
 
 
 _PSEUDO_LOT: Final = LotGranted(priority=0)
@@ -279,6 +292,7 @@ def _repay(state: PartitionState, entry: Entry) -> None:
     if not isinstance(details, DebtRepaid):
         raise BrokenJournal(f"a debt is repaid without saying which, at {_place(entry)}")
     if lot.id == details.debt:
+        state.setting(lot.repaid, details.lot)
         repaid = lot.repaid.get(details.lot, 0) + entry.posted
         if repaid:
             lot.repaid[details.lot] = repaid
@@ -289,6 +303,7 @@ def _repay(state: PartitionState, entry: Entry) -> None:
 def _place_hold(state: PartitionState, entry: Entry, details: HoldPlaced) -> None:
     if entry.hold is None or entry.hold in state.holds:
         raise BrokenJournal(f"hold {entry.hold} is placed twice, at {_place(entry)}")
+    state.setting(state.holds, entry.hold)
     state.holds[entry.hold] = Hold(
         id=entry.hold,
         account=details.account,
@@ -309,6 +324,7 @@ def _extend_hold(state: PartitionState, entry: Entry, details: HoldExtended) -> 
     hold = None if entry.hold is None else state.holds.get(entry.hold)
     if hold is None:
         raise BrokenJournal(f"hold {entry.hold} is extended before it is placed, at {_place(entry)}")
+    state.changing(hold)
     hold.expires_at = details.expires_at
     hold.legs = details.legs
     state.changes.holds[hold.id] = hold
@@ -320,6 +336,7 @@ def _end_hold(state: PartitionState, entry: Entry, status: Status) -> None:
     hold = state.holds.get(entry.hold)
     if hold is None:
         # It ends before it was placed: from now on it cannot be.
+        state.setting(state.holds, entry.hold)
         hold = state.holds[entry.hold] = Hold(
             id=entry.hold,
             account=entry.account,
@@ -333,6 +350,7 @@ def _end_hold(state: PartitionState, entry: Entry, status: Status) -> None:
             batch=entry.batch,
             position=entry.position,
         )
+    state.changing(hold)
     hold.status = status
     hold.ended_at = entry.recorded_at
     state.changes.holds[hold.id] = hold
@@ -342,6 +360,7 @@ def _payment(state: PartitionState, entry: Entry, of_payment: str) -> Payment:
     key = (of_payment, entry.account)
     payment = state.payments.get(key)
     if payment is None:
+        state.setting(state.payments, key)
         payment = state.payments[key] = Payment(
             id=of_payment,
             account=entry.account,
@@ -358,7 +377,9 @@ def _claim(state: PartitionState, entry: Entry) -> None:
     if not isinstance(details, PaymentClaimed):
         raise BrokenJournal(f"a claim does not say what it claims, at {_place(entry)}")
     payment = _payment(state, entry, details.payment)
+    state.changing(payment)
     payment.unit = entry.unit
+    state.setting(payment.claims, details.claim)
     claim = payment.claims[details.claim] = Claim(
         id=details.claim,
         reason=details.reason,
@@ -381,6 +402,7 @@ def _claw(state: PartitionState, entry: Entry) -> None:
     lot = _wallet(state, entry).lots.get(details.lot) if isinstance(details, ClawedBack) else None
     if lot is None or not isinstance(details, ClawedBack):
         raise BrokenJournal(f"what is clawed back, or given, is of no payment's lot, at {_place(entry)}")
+    state.changing(lot)
     lot.clawed -= entry.posted
     if entry.lot != lot.id:
         lot.clawed_spent -= entry.posted
@@ -404,6 +426,7 @@ def _cross(state: PartitionState, entry: Entry) -> None:
     wallet = _wallet(state, entry)
     if not isinstance(entry.details, BalanceCrossed):
         raise BrokenJournal(f"a level is crossed that is not named, at {_place(entry)}")
+    state.changing(wallet)
     level: frozenset[Threshold | None] = frozenset({entry.details.threshold})
     wallet.low = wallet.low | level if entry.details.is_low else wallet.low - level
     state.changes.wallets[wallet.account, wallet.unit] = wallet
@@ -416,7 +439,10 @@ def _add(state: PartitionState, entry: Entry) -> Lot:
         raise BrokenJournal(f"an amount is moved of no lot, at {_place(entry)}")
     lot = wallet.lots.get(entry.lot)
     if lot is None:
-        lot = _new_pseudo_lot(wallet, entry)
+        lot = _new_pseudo_lot(state, wallet, entry)
+    if state.trials:
+        state.changing(wallet)
+        state.changing(lot)
     if lot.kind not in ASIDE_KINDS:
         wallet.posted += entry.posted
         wallet.held += entry.held
@@ -447,7 +473,9 @@ def _add_earmark(state: PartitionState, entry: Entry, lot: Lot, hold_id: str) ->
     key = (lot.account, lot.unit, lot.id)
     earmark = hold.earmarks.get(key)
     if earmark is None:
+        state.setting(hold.earmarks, key)
         earmark = hold.earmarks[key] = Earmark(account=lot.account, unit=lot.unit, lot=lot.id)
+    state.changing(earmark)
     earmark.held += entry.held
     if entry.kind == "hold_placed" or entry.kind == "hold_extended":  # noqa: PLR1714 - faster than a set
         earmark.placed += entry.held

@@ -166,16 +166,16 @@ def _granted_after_claims(
     state: PartitionState, granted: Move, contra: Move, command: Grant, *, units: Units, place: Place
 ) -> list[Move]:
     """Claims take their part of the lot as it is granted, and, as more is paid, of those granted before."""
-    attempt = Attempt(state, units=units, place=place)
-    lot_id = attempt.new_lot()
-    attempt.do(granted, contra)
-    assert command.reference is not None
-    payment = attempt.payment(command.reference, command.account)
-    assert payment is not None
-    restore(attempt, claims.settle(attempt, payment, occurred_at=granted.occurred_at))
-    lot = attempt.wallet(command.account, command.unit).lots[lot_id]
-    repay(attempt, lot, lot.available, occurred_at=granted.occurred_at)
-    return attempt.moves
+    with Attempt(state, units=units, place=place) as attempt:
+        lot_id = attempt.new_lot()
+        attempt.do(granted, contra)
+        assert command.reference is not None
+        payment = attempt.payment(command.reference, command.account)
+        assert payment is not None
+        restore(attempt, claims.settle(attempt, payment, occurred_at=granted.occurred_at))
+        lot = attempt.wallet(command.account, command.unit).lots[lot_id]
+        repay(attempt, lot, lot.available, occurred_at=granted.occurred_at)
+        return attempt.moves
 
 
 def _adjusted(wallet: Wallet, amount: int, noted: Noted, *, units: Units, place: Place) -> Iterator[Move]:

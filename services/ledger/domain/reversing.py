@@ -35,7 +35,13 @@ def decide_reverse_charge(
     asked = None if command.amounts is None else _asked(line, command.amounts, units)
     if isinstance(asked, MoreThanCharged):
         return asked
-    attempt = Attempt(state, units=units, place=place)
+    with Attempt(state, units=units, place=place) as attempt:
+        return _reverse(attempt, line, asked, command)
+
+
+def _reverse(
+    attempt: Attempt, line: PastLine, asked: Mapping[str, int] | None, command: ReverseCharge
+) -> list[Move] | InvalidAmount:
     details: Reversed | None = Reversed(
         command.source, command.event_id, command.revision, command.reason, command.correction, command.bundle
     )
@@ -46,8 +52,7 @@ def decide_reverse_charge(
         details = None
     restore(attempt, backs)
     for before, wallet in attempt.wallets():
-        there = wallet.posted - wallet.overage - wallet.uncapped
-        if there > BALANCE_MAX and there > before.posted - before.overage - before.uncapped:
+        if wallet.counted > BALANCE_MAX and wallet.counted > before:
             return InvalidAmount(wallet.unit, "the wallet would have more than it can count")
     return attempt.moves
 

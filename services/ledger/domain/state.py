@@ -1,11 +1,13 @@
-"""What the entries of one partition add up to: accounts, wallets, lots, holds. Changed by `evolve` alone."""
+"""What the entries of one partition add up to: accounts, wallets, lots, holds. Changed by `evolve` alone.
 
-from collections.abc import Iterable, Iterator
-from copy import copy
-from dataclasses import dataclass, field
+What is tried out changes it, too; who does so tells it what will change, and it is as it was when that is undone.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from itertools import chain, islice
-from typing import Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from services.ledger.domain.commands import (
     LATE_GRACE,
@@ -222,6 +224,11 @@ class Wallet:
             self._burning = sorted(granted, key=lambda lot: lot.burn_order)
         return self._burning
 
+    @property
+    def counted(self) -> int:
+        """All that is there, less all that was not."""
+        return self.posted - self.overage - self.uncapped
+
     def available(self, at: datetime, used: Scope | None = None) -> int:
         """What may be set aside at a time for a use, above zero: of valid lots in scope, less what is owed."""
         since, until = self._plain or self._plain_between()
@@ -240,6 +247,8 @@ class Wallet:
 
     def debts(self) -> list[Lot]:
         """What it owes, from the oldest."""
+        if not self.owed:
+            return []
         owed = (lot for lot in self.lots.values() if lot.kind == "debt" and lot.posted < 0)
         return sorted(owed, key=lambda lot: lot.age)
 
@@ -395,6 +404,21 @@ class Changes:
     claims: dict[tuple[str, str, str], Claim] = field(default_factory=dict)
 
 
+CHANGED: Final = tuple(each.name for each in fields(Changes))
+
+
+@dataclass(slots=True)
+class Trial:
+    """Something that is tried out: the changes before it, and what was before it, in the order in which that changed.
+
+    Of an object whose fields changed their values, of a dict a key and its value. `noted`: the objects, by identity.
+    """
+
+    changes: Changes
+    before: list[tuple[Any, object, Any]] = field(default_factory=list)
+    noted: set[int] = field(default_factory=set)
+
+
 @dataclass(slots=True)
 class PartitionState:
     """The accounts and holds of a partition: all of them in a replay, those that are in use in a running service.
@@ -409,6 +433,8 @@ class PartitionState:
     payments: dict[tuple[str, str], Payment] = field(default_factory=dict)
     lines: dict[tuple[str, str, int], PastLine] = field(default_factory=dict)
     changes: Changes = field(default_factory=Changes)
+    # What is being tried out, the innermost last.
+    trials: list[Trial] = field(default_factory=list)
 
     def wallet(self, account: str, unit: str) -> Wallet | None:
         """The open wallet of an account, if it has one of the unit."""
@@ -445,64 +471,54 @@ class PartitionState:
         _halve(self.accounts, accounts_max)
         _halve(self.holds, holds_max)
 
-    def fork(self, *, accounts: Iterable[str], holds: Iterable[str]) -> "PartitionState":
-        """A state of its own to try something out: with these accounts and holds, and all payments and lines.
+    def try_out(self) -> Trial:
+        """What is changed from here on is kept or undone by `keep` or `undo` of what it returns. May be nested."""
+        trial = Trial(self.changes)
+        self.changes = Changes()
+        self.trials.append(trial)
+        return trial
 
-        What is tried on it leaves this one as it is. Its changes begin with this one's.
-        """
-        return PartitionState(
-            accounts={name: _copied_account(self.accounts[name]) for name in accounts if name in self.accounts},
-            holds={name: _copied_hold(self.holds[name]) for name in holds if name in self.holds},
-            payments={key: _copied_payment(payment) for key, payment in self.payments.items()},
-            lines={key: _copied_line(line) for key, line in self.lines.items()},
-        )
+    def keep(self, trial: Trial) -> None:
+        """What was tried out, the last that was begun, holds; unless what it is part of is undone."""
+        self._end(trial)
+        for name in CHANGED:
+            getattr(trial.changes, name).update(getattr(self.changes, name))
+        self.changes = trial.changes
+        if self.trials:
+            self.trials[-1].before += trial.before
 
-    def join(self, forked: "PartitionState") -> None:
-        """Take over what a fork has become."""
-        self.accounts.update(forked.accounts)
-        self.holds.update(forked.holds)
-        self.payments.update(forked.payments)
-        self.lines.update(forked.lines)
-        for name in ("accounts", "wallets", "rules", "lots", "holds", "earmarks", "payments", "claims"):
-            getattr(self.changes, name).update(getattr(forked.changes, name))
+    def undo(self, trial: Trial) -> None:
+        """What was tried out, the last that was begun, has never been."""
+        self._end(trial)
+        for thing, key, before in reversed(trial.before):
+            if not isinstance(thing, dict):
+                for name, value in zip(thing.__slots__, before, strict=True):
+                    setattr(thing, name, value)
+            elif before is _ABSENT:
+                thing.pop(key, None)
+            else:
+                thing[key] = before
+        self.changes = trial.changes
 
+    def changing(self, thing: Any) -> None:
+        """To be told before the fields of an object that is part of it change."""
+        if self.trials and id(thing) not in (trial := self.trials[-1]).noted:
+            # Nothing else has its identity meanwhile: it is kept.
+            trial.noted.add(id(thing))
+            trial.before.append((thing, None, [getattr(thing, name) for name in thing.__slots__]))
 
-def _copied_account(account: Account) -> Account:
-    copied = copy(account)
-    copied.wallets = {unit: _copied_wallet(wallet) for unit, wallet in account.wallets.items()}
-    return copied
+    def setting(self, things: dict[Any, Any], key: object) -> None:
+        """To be told before a key is set in a dict that is part of it, or taken out."""
+        if self.trials:
+            self.trials[-1].before.append((things, key, things.get(key, _ABSENT)))
 
-
-def _copied_wallet(wallet: Wallet) -> Wallet:
-    copied = copy(wallet)
-    copied.lots = {lot.id: _copied_lot(lot) for lot in wallet.lots.values()}
-    copied.rules = {name: copy(rule) for name, rule in wallet.rules.items()}
-    copied._burning = None
-    return copied
-
-
-def _copied_lot(lot: Lot) -> Lot:
-    copied = copy(lot)
-    copied.repaid = dict(lot.repaid)
-    return copied
-
-
-def _copied_hold(hold: Hold) -> Hold:
-    copied = copy(hold)
-    copied.earmarks = {key: copy(earmark) for key, earmark in hold.earmarks.items()}
-    return copied
+    def _end(self, trial: Trial) -> None:
+        last = self.trials.pop()
+        assert last is trial
 
 
-def _copied_payment(payment: Payment) -> Payment:
-    copied = copy(payment)
-    copied.claims = {name: copy(claim) for name, claim in payment.claims.items()}
-    return copied
-
-
-def _copied_line(line: PastLine) -> PastLine:
-    copied = copy(line)
-    copied.reversed = dict(line.reversed)
-    return copied
+# In the place of what was not in a dict.
+_ABSENT: Final = object()
 
 
 def _halve(kept: dict[str, Kept], bound: int) -> None:

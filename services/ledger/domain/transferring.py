@@ -31,7 +31,8 @@ def decide_transfer(state: PartitionState, command: Transfer, *, units: Units, p
         return InsufficientFunds(command.account, command.unit, command.amount, available)
     if command.amount > BALANCE_MAX - target.posted:
         return InvalidAmount(command.unit, "the wallet would have more than it can count")
-    return _transfer(Attempt(state, units=units, place=place), source, target, command)
+    with Attempt(state, units=units, place=place) as attempt:
+        return _transfer(attempt, source, target, command)
 
 
 def _check_transfer(command: Transfer, units: Units) -> InvalidAmount | InvalidTransfer | None:

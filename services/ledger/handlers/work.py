@@ -36,7 +36,7 @@ from services.ledger.domain.draft import Draft, Fork, Transaction
 from services.ledger.domain.due import decide_due, next_due
 from services.ledger.domain.entries import Charged, HoldExtended, HoldPlaced, Move
 from services.ledger.domain.errors import AlreadyCharged, ChargeDiffers, Refusal
-from services.ledger.domain.overdue import decide_overdue, hold_of, in_order, overdue
+from services.ledger.domain.overdue import decide_overdue, in_order, overdue
 from services.ledger.domain.state import Account, Claim, Hold, PartitionState, PastLine, Wallet
 from services.ledger.handlers.items import (
     BundleItem,
@@ -174,7 +174,7 @@ class Work:
             return _encode(self._reply_to_all(item, item.key))
         if not item.dry_run:
             return _encode({"status": "listed", "replies": [self._reply(each) for each in item.commands]})
-        mark = self._fork([each.command for each in item.commands])
+        mark = self._fork()
         replies = [self._reply(each, is_tried_out=True) for each in item.commands]
         self._drop(mark)
         return _encode({"status": "listed", "replies": replies, "dry_run": True})
@@ -212,7 +212,7 @@ class Work:
     def _reply_to_all(self, item: ListItem, key: str) -> dict[str, Any]:
         if (known := self._outcome_of(item.principal, key)) is not None:
             return self._known("list", item.body_hash, known, dry_run=item.dry_run)
-        mark = self._fork([each.command for each in item.commands])
+        mark = self._fork()
         done: list[_Done] = []
         for place, each in enumerate(item.commands):
             accounts = self._concerned(each.command)
@@ -281,7 +281,7 @@ class Work:
         if not dry_run and not overdue_holds and not self._is_due(accounts):
             # A refusal has changed nothing: only what is due before it would have.
             return self._do(command, accounts)
-        mark = self._fork([command])
+        mark = self._fork()
         self._catch_up(accounts, overdue_holds)
         done = self._do(command, accounts)
         if isinstance(done, _Done) and not dry_run:
@@ -314,11 +314,8 @@ class Work:
             return False
         return hold.status == "estimated" or hold.is_overdue(self._draft.recorded_at)
 
-    def _fork(self, commands: Sequence[Command]) -> _Mark:
-        accounts = dict.fromkeys(account for command in commands for account in self._concerned(command))
-        holds = {hold for command in commands if (hold := hold_of(command)) is not None}
-        fork = self._draft.fork(accounts=accounts, holds=holds)
-        return _Mark(fork, len(self._lines), len(self._reversals), len(self._outbox))
+    def _fork(self) -> _Mark:
+        return _Mark(self._draft.fork(), len(self._lines), len(self._reversals), len(self._outbox))
 
     def _join(self, mark: _Mark) -> None:
         self._draft.join(mark.fork)
@@ -602,6 +599,7 @@ class Work:
         )
         if self._reversing and key in self._reversing:
             # Given back in the same batch: it is not in the tables yet.
+            self._draft.state.setting(self._draft.state.lines, key)
             self._draft.state.lines[key] = PastLine(
                 source=line.source,
                 event_id=line.event_id,
@@ -635,6 +633,7 @@ class Work:
         given_back = _given_back(moves)
         line = self._draft.state.lines[key]
         for part, amount in given_back.items():
+            self._draft.state.setting(line.reversed, part)
             line.reversed[part] = line.reversed.get(part, 0) + amount
         self._reversals.append(
             (

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import AsyncIterator, Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from hashlib import sha256
@@ -67,7 +68,7 @@ class Remembering(Archive):
         everything = PartitionState(
             accounts=self.all.accounts, holds=self.all.holds, payments=self.all.payments, lines=self._lines
         )
-        return everything.fork(accounts=self.all.accounts, holds=self.all.holds)
+        return deepcopy(everything)
 
     def catch_up(self) -> None:
         """Do what is due, of one account after the other."""

@@ -5,6 +5,7 @@ What `_read` brings back for a command is what a process must have read to decid
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from datetime import timedelta
 
 from contracts.accounts import path, root
@@ -31,7 +32,7 @@ from services.ledger.domain.entries import PSEUDO_KINDS, Charged, Entry, Move, i
 from services.ledger.domain.errors import Refusal
 from services.ledger.domain.evolve import evolve
 from services.ledger.domain.overdue import decide_overdue, in_order, overdue
-from services.ledger.domain.state import Lot, PartitionState, PastLine, Wallet
+from services.ledger.domain.state import CHANGED, Changes, Lot, PartitionState, PastLine, Wallet
 from tests.unit.ledger.book import BEGIN, PARTITION, UNITS
 
 
@@ -104,7 +105,7 @@ class Archive:
         self.now += timedelta(milliseconds=1)
         draft = Draft(self._head, self._read(command), now=self.now)
         transaction = self._begin(draft, command)
-        before = _facts(draft.state.fork(accounts=draft.state.accounts, holds=draft.state.holds))
+        before = _facts(deepcopy(draft.state))
         decided = decide(draft.state, command, units=self.units, place=transaction.place)
         assert _facts(draft.state) == before, "a decision changes nothing"
         if isinstance(decided, list):
@@ -256,11 +257,14 @@ class Archive:
                     wanted |= {earmark.lot for earmark in hold.earmarks.values()}
         lots, known = self._lots({root(command.account) for command in commands}, wanted, payments)
         names |= {lot.account for lot in lots.values()}
-        everything = PartitionState(
-            accounts=self.all.accounts, holds=self.all.holds, payments=self.all.payments, lines=lines
+        state = deepcopy(
+            PartitionState(
+                accounts={name: self.all.accounts[name] for name in names if name in self.all.accounts},
+                holds={name: self.all.holds[name] for name in holds},
+                payments={key: payment for key, payment in self.all.payments.items() if key[0] in known},
+                lines=lines,
+            )
         )
-        state = everything.fork(accounts=names, holds=holds)
-        state.payments = {key: payment for key, payment in state.payments.items() if key[0] in known}
         for account in state.accounts.values():
             for wallet in account.wallets.values():
                 for lot in list(wallet.lots.values()):
@@ -289,6 +293,14 @@ class Archive:
 
 
 def _facts(state: PartitionState) -> tuple[object, ...]:
+    """All that a state says, but for what was looked up."""
     wallets = [wallet for account in state.accounts.values() for wallet in account.wallets.values()]
-    sums = [(wallet.account, wallet.unit, wallet.posted, wallet.held, wallet.frozen) for wallet in wallets]
-    return sums, list(state.lots()), state.holds, state.payments, state.lines
+    said = [name for name in Wallet.__slots__ if not name.startswith("_")]
+    sums = [[getattr(wallet, name) for name in said] for wallet in wallets]
+    names = [list(state.accounts), *(list(account.wallets) for account in state.accounts.values())]
+    return names, sums, state.holds, state.payments, state.lines, _keys(state.changes)
+
+
+def _keys(changes: Changes) -> list[list[object]]:
+    """The keys of what has changed."""
+    return [list(getattr(changes, name)) for name in CHANGED]

@@ -193,7 +193,7 @@ class Book:
         """Commands in one batch, each as if alone, or all or none: then the outcomes end with the first refusal."""
         self._recall(*commands)
         draft = self._draft()
-        tried = draft.fork(accounts=list(self.state.accounts), holds=list(self.state.holds))
+        tried = draft.fork()
         outcomes: list[list[Move] | Refusal] = []
         for command in commands:
             outcomes.append(self._attempt(draft, command))
@@ -326,8 +326,7 @@ class Book:
         late = self._late(draft, [command])
         if not dry_run and not late and (due is None or due > draft.recorded_at):
             return self._decided(draft, command, accounts)
-        hold = getattr(command, "hold", None)
-        tried = draft.fork(accounts=accounts, holds=() if hold is None else (hold,))
+        tried = draft.fork()
         noted = self._noted
         if dry_run:
             self._noted = _Noted(dict(noted.contents))
@@ -421,12 +420,16 @@ class Book:
             )
             self._noted.contents[key] = _content(command)
             self._noted.charged[key] = taken
+            draft.state.setting(draft.state.lines, key)
             draft.state.lines[key] = replace(taken, reversed={})
         if isinstance(command, ReverseCharge):
             key = (command.source, command.event_id, command.revision)
             back = _moved(moves, "reversed", sign=1)
             self._noted.given_back.append((key, back))
-            _add(draft.state.lines[key].reversed, back)
+            there = draft.state.lines[key].reversed
+            for part in back:
+                draft.state.setting(there, part)
+            _add(there, back)
 
     # Memory
 

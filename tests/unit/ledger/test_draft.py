@@ -50,9 +50,9 @@ def test_what_is_dropped_has_never_been() -> None:
     draft, plain = opened(), opened()
     kept = granted(draft, 5)
     assert granted(plain, 5) == kept
-    outer = draft.fork(accounts=["acme"], holds=[])
+    outer = draft.fork()
     granted(draft, 7)
-    inner = draft.fork(accounts=["acme"], holds=[])
+    inner = draft.fork()
     granted(draft, 11)
     assert posted(draft) == 23
     draft.drop(inner)
@@ -67,9 +67,9 @@ def test_what_is_dropped_has_never_been() -> None:
 
 def test_what_is_joined_is_as_if_it_had_not_been_tried() -> None:
     draft, plain = opened(), opened()
-    outer = draft.fork(accounts=["acme"], holds=[])
+    outer = draft.fork()
     first = granted(draft, 5)
-    inner = draft.fork(accounts=["acme"], holds=[])
+    inner = draft.fork()
     second = granted(draft, 7)
     draft.join(inner)
     draft.join(outer)

@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from services.ledger.domain.commands import (
 )
 from services.ledger.domain.entries import Move
 from services.ledger.domain.errors import InvalidAmount, MoreThanCharged, UnknownCharge, UnknownUnit
+from services.ledger.domain.state import PartitionState, Trial
 from tests.unit.ledger.archive import Archive
 from tests.unit.ledger.book import hold_id, leg, line
 
@@ -54,6 +56,26 @@ def test_what_is_still_owed_is_owed_no_longer_before_what_was_repaid_goes_back()
     book.do(reverse(use, ("usd", 1)))
     assert (book.lots(), book.debt("acme")) == ({lot: (1, 0, 0)}, 0)
     book.check()
+
+
+def test_what_is_noted_to_undo_a_decision_does_not_grow_with_the_lots_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    noted: list[int] = []
+    undo = PartitionState.undo
+
+    def noting(state: PartitionState, trial: Trial) -> None:
+        noted.append(len(trial.before))
+        undo(state, trial)
+
+    monkeypatch.setattr(PartitionState, "undo", noting)
+    for lots in (1, 60):
+        book = Archive()
+        book.open("acme", "usd")
+        for _ in range(lots):
+            book.grant("acme", "usd", 10)
+        use = line("acme", ("usd", 5))
+        book.do(use)
+        book.do(reverse(use))
+    assert noted[0] == noted[1] > 0
 
 
 def test_money_is_given_back_with_what_counted_it() -> None:
