@@ -337,7 +337,7 @@ def lot_of(row: Row) -> Lot:
 def _add_holds(states: Mapping[int, PartitionState], rows: Iterable[Row]) -> None:
     for partition, hold, account, status, expires_at, overdue, legs, recorded_at, transaction, *more in rows:
         batch, position, ended_at, scope = more
-        states[partition].holds[str(hold)] = Hold(
+        there = states[partition].holds[str(hold)] = Hold(
             id=str(hold),
             account=account,
             status=status,
@@ -351,6 +351,8 @@ def _add_holds(states: Mapping[int, PartitionState], rows: Iterable[Row]) -> Non
             position=position,
             ended_at=ended_at,
         )
+        if there.status == "placed":
+            states[partition].deadlines.note(there)
 
 
 def _add_hold_lots(states: Mapping[int, PartitionState], rows: Iterable[Row]) -> None:

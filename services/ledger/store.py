@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cache
 from itertools import count
 from typing import Any, Final, NamedTuple
@@ -23,6 +23,7 @@ from services.ledger import tables
 from services.ledger.domain.commands import LATE_GRACE
 from services.ledger.domain.draft import Head, Recorded
 from services.ledger.domain.entries import payment_of
+from services.ledger.domain.state import NEVER
 
 Connection = AsyncConnection[TupleRow]
 Row = tuple[Any, ...]
@@ -33,6 +34,8 @@ _POSTGRESQL: Final = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQ
 
 # Each time one more is asked for, something was found: more than this is no ledger any more.
 ROUNDS_MAX: Final = 1_000
+# Open holds of a partition that are read at once because they are, or will be, overdue.
+OVERDUE_READ_MAX: Final = 500
 
 
 class HeadMoved(Exception):
@@ -54,7 +57,8 @@ class Needs:
     `lines`: what was charged under these keys before. `past_lines`, with the account they are to be given back to: the
     lines with what has been given back of them, and the lots they took from. `lots`, with their account: whether spent
     or not; `repaying` likewise. `past_lots`: those of an account that were valid at a time; only for one longer ago
-    than LATE_GRACE, others come with the account.
+    than LATE_GRACE, others come with the account. `overdue`, with two times: the open holds that end from one to the
+    other, at most OVERDUE_READ_MAX of a partition and those that end at the same time.
 
     What came to the lots of `past_lines`, `payments`, `repaying` and of holds that were estimated may be given back or
     taken: they come with the lots that repaid them, and with the payments that any of these refer to, as above; and
@@ -72,6 +76,7 @@ class Needs:
     repaying: set[tuple[int, str, str]] = field(default_factory=set)
     past_lots: set[tuple[int, str, datetime]] = field(default_factory=set)
     bundles: set[tuple[int, int]] = field(default_factory=set)
+    overdue: set[tuple[int, datetime, datetime]] = field(default_factory=set)
 
     def __bool__(self) -> bool:
         return any(getattr(self, name) for name in _NEEDED)
@@ -84,7 +89,8 @@ _NEEDED: Final = tuple(each.name for each in fields(Needs))
 class Loaded:
     """What was found: heads, rows for `projections.add_rows`, and what had been accepted and charged before.
 
-    `reached`: the accounts with lots that refer to payments on which there are, or will be, claims.
+    `reached`: the accounts with lots that refer to payments on which there are, or will be, claims. `unread_from`: by
+    partition whose overdue holds were read, from when on open holds end that were not.
     """
 
     heads: dict[int, Head] = field(default_factory=dict)
@@ -93,6 +99,7 @@ class Loaded:
     commands: dict[tuple[int, str, str], tuple[bytes, str]] = field(default_factory=dict)
     lines: dict[tuple[int, str, str, int], tuple[object, ...]] = field(default_factory=dict)
     bundles: dict[tuple[int, int], bytes] = field(default_factory=dict)
+    unread_from: dict[int, datetime] = field(default_factory=dict)
 
     def add(self, more: "Loaded") -> None:
         """Rows that were found later."""
@@ -217,7 +224,18 @@ async def load(connection: Connection, needs: Needs) -> Loaded:
         commands={(row[0], row[1], row[2]): (row[3], row[4]) for row in found.get("commands", ())},
         lines={(row[0], row[1], row[2], row[3]): tuple(row[4:]) for row in found.get("lines", ())},
         bundles={(row[0], row[1]): row[2] for row in found.get("bundles", ())},
+        unread_from=_unread_from(found.get("overdue", ()), found.get("next_deadline", ())),
     )
+
+
+def _unread_from(overdue: Sequence[TupleRow], following: Iterable[TupleRow]) -> dict[int, datetime]:
+    """By partition: when the first of the open holds that were not read ends, or after which of those that were."""
+    found = {}
+    for partition, next_deadline in following:
+        deadlines = [row[_DEADLINE] for row in overdue if row[0] == partition]
+        is_more = len(deadlines) >= OVERDUE_READ_MAX
+        found[partition] = max(deadlines) + timedelta(microseconds=1) if is_more else next_deadline or NEVER
+    return found
 
 
 async def _fetch(connection: Connection, needs: Needs, known: Needs | None) -> dict[str, list[TupleRow]]:
@@ -286,6 +304,7 @@ _REFERENCE: Final = _place(tables.lots, "reference")
 _REPAID: Final = _place(tables.lots, "repaid")
 _STATUS: Final = _place(tables.holds, "status")
 _HOLD_BATCH: Final = _place(tables.holds, "batch")
+_DEADLINE: Final = _place(tables.holds, "expires_at")
 _EARMARKED_LOT: Final = _place(tables.hold_lots, "lot_id")
 
 
@@ -557,6 +576,7 @@ _ACCOUNT_KEYS: Final = {"partition": "smallint", "account": "text"}
 _HOLD_KEYS: Final = {"partition": "smallint", "hold_id": "uuid", "account": "text"}
 _LOT_KEYS: Final = {"partition": "smallint", "lot_id": "uuid", "account": "text"}
 _PAST_KEYS: Final = {"partition": "smallint", "account": "text", "at": "timestamptz"}
+_TIME_KEYS: Final = {"partition": "smallint", "since": "timestamptz", "until": "timestamptz"}
 _LINE_KEYS: Final = {"partition": "smallint", "source": "text", "event_id": "text", "revision": "integer"}
 _PAYMENT_KEYS: Final = {"partition": "smallint", "payment": "text", "account": "text", "claiming": "boolean"}
 
@@ -602,6 +622,15 @@ JOIN holds h ON h.partition = k.partition AND h.hold_id = k.hold_id AND h.accoun
 JOIN hold_lots e ON e.partition = h.partition AND e.hold_id = h.hold_id
 JOIN lots t ON t.partition = e.partition AND t.lot_id = e.lot_id
 """
+_OVERDUE: Final = f"""
+FROM (
+    SELECT o.partition, o.hold_id FROM {{keys}} CROSS JOIN LATERAL (
+        SELECT * FROM holds h
+        WHERE h.partition = k.partition AND h.status = 'placed' AND h.expires_at BETWEEN k.since AND k.until
+        ORDER BY h.expires_at FETCH FIRST {OVERDUE_READ_MAX} ROWS WITH TIES
+    ) o
+) o
+"""
 # What lines took from.
 _LINE_LOTS: Final = f"""
 WITH taken AS (
@@ -637,6 +666,23 @@ _LOAD: Final[Mapping[str, bytes]] = {
     "holds": _select(tables.holds, keys=_HOLD_KEYS, on=_SAME_HOLD),
     "hold_lots": _select(tables.hold_lots, keys=_HOLD_KEYS, on=_SAME_HOLD),
     "earmarked": _statement(_EARMARKED, table=tables.lots, keys=_HOLD_KEYS),
+    "overdue": _statement(
+        f"SELECT {{columns}} {_OVERDUE} JOIN holds t USING (partition, hold_id)", table=tables.holds, keys=_TIME_KEYS
+    ),
+    "overdue_lots": _statement(
+        f"SELECT {{columns}} {_OVERDUE} JOIN hold_lots t USING (partition, hold_id)",
+        table=tables.hold_lots,
+        keys=_TIME_KEYS,
+    ),
+    "next_deadline": _statement(
+        """
+        SELECT k.partition, (
+            SELECT min(h.expires_at) FROM holds h
+            WHERE h.partition = k.partition AND h.status = 'placed' AND h.expires_at > k.until
+        ) FROM {keys}
+        """,
+        keys=_TIME_KEYS,
+    ),
     "payments": _select(tables.payments, keys=_PAYMENT_KEYS, on=_PAYMENT),
     "claims": _select(tables.claims, keys=_PAYMENT_KEYS, on=_CLAIM),
     "paid_accounts": _statement(
@@ -717,6 +763,7 @@ _KNOWN: Final = _numbered(
 _LOADED_BY: Final[Mapping[str, tuple[str, ...]]] = {
     "accounts": ("accounts", "wallets", "rules", "account_lots"),
     "holds": ("holds", "hold_lots", "earmarked"),
+    "overdue": ("overdue", "overdue_lots", "next_deadline"),
     "payments": (
         "payments",
         "claims",
@@ -752,7 +799,9 @@ _LOADED_AS: Final[Mapping[str, str]] = {
     "past_lots": "lots",
     "line_lots": "lots",
     "holds": "holds",
+    "overdue": "holds",
     "hold_lots": "hold_lots",
+    "overdue_lots": "hold_lots",
     "payments": "payments",
     "claims": "claims",
     "past_lines": "past_lines",

@@ -318,6 +318,7 @@ def _place_hold(state: PartitionState, entry: Entry, details: HoldPlaced) -> Non
         position=entry.position,
     )
     state.changes.holds[entry.hold] = state.holds[entry.hold]
+    state.deadlines.note(state.holds[entry.hold])
 
 
 def _extend_hold(state: PartitionState, entry: Entry, details: HoldExtended) -> None:
@@ -328,6 +329,7 @@ def _extend_hold(state: PartitionState, entry: Entry, details: HoldExtended) -> 
     hold.expires_at = details.expires_at
     hold.legs = details.legs
     state.changes.holds[hold.id] = hold
+    state.deadlines.note(hold)
 
 
 def _end_hold(state: PartitionState, entry: Entry, status: Status) -> None:

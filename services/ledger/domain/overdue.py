@@ -1,7 +1,10 @@
-"""Holds past their deadline, which end as they say themselves before anything that names them is decided."""
+"""Holds past their deadline, which end as they say themselves before anything that names them is decided, or that is
+about wallets of which they hold something.
+"""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime
+from itertools import islice
 from typing import Final
 
 from contracts.accounts import path
@@ -23,6 +26,10 @@ from services.ledger.domain.state import NEVER, Hold, PartitionState
 _NAMING: Final = (ChargeLine, PlaceHold, ExtendHold, ReleaseHold, ResolveHold)
 
 
+# What one decision waits for of holds that it does not name. The sweeper is at the others.
+OVERDUE_HOLDS_MAX: Final = 200
+
+
 def hold_of(command: Command) -> str | None:
     """The hold that a command names."""
     return command.hold if isinstance(command, _NAMING) else None
@@ -33,6 +40,29 @@ def overdue(state: PartitionState, command: Command, at: datetime) -> Hold | Non
     name = hold_of(command)
     hold = None if name is None else state.holds.get(name)
     return hold if hold is not None and hold.account == command.account and hold.is_overdue(at) else None
+
+
+def overdue_on(state: PartitionState, accounts: Iterable[str], at: datetime) -> list[Hold]:
+    """The open holds past their deadline that hold something of the wallets of accounts, the longest overdue first.
+
+    With those of the paths of such holds, that all of them end in order. At most OVERDUE_HOLDS_MAX.
+    """
+    if not state.deadlines.are_passed(at):
+        return []
+    return in_order(islice(_overdue_on(state, accounts, at), OVERDUE_HOLDS_MAX))
+
+
+def _overdue_on(state: PartitionState, accounts: Iterable[str], at: datetime) -> Iterator[Hold]:
+    waiting = list(accounts)
+    names, found = set(waiting), set[str]()
+    while waiting:
+        for hold in state.deadlines.passed(waiting.pop(), at, state.holds):
+            if hold.id not in found:
+                found.add(hold.id)
+                yield hold
+                more = set(path(hold.account)) - names
+                names |= more
+                waiting += sorted(more)
 
 
 def in_order(holds: Iterable[Hold]) -> list[Hold]:

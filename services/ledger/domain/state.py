@@ -20,6 +20,7 @@ from services.ledger.domain.commands import (
     Scope,
     Threshold,
 )
+from services.ledger.domain.deadlines import Deadlines
 from services.ledger.domain.entries import ASIDE_KINDS, HeldLeg, LotKind
 from services.ledger.domain.periods import boundary
 
@@ -433,6 +434,7 @@ class PartitionState:
     payments: dict[tuple[str, str], Payment] = field(default_factory=dict)
     lines: dict[tuple[str, str, int], PastLine] = field(default_factory=dict)
     changes: Changes = field(default_factory=Changes)
+    deadlines: Deadlines = field(default_factory=Deadlines)
     # What is being tried out, the innermost last.
     trials: list[Trial] = field(default_factory=list)
 
@@ -462,6 +464,8 @@ class PartitionState:
         for hold in self.changes.holds.values():
             if hold.status != "placed":
                 self.holds.pop(hold.id, None)
+                self.deadlines.forget(hold)
+        self.deadlines.compact(self.holds)
         self.payments.clear()
         self.lines.clear()
         self.changes = Changes()
@@ -469,7 +473,8 @@ class PartitionState:
     def shrink(self, *, accounts_max: int, holds_max: int) -> None:
         """Forget the older half of what is more than the bound. It is read again when it is needed."""
         _halve(self.accounts, accounts_max)
-        _halve(self.holds, holds_max)
+        for hold in _halve(self.holds, holds_max):
+            self.deadlines.lose(hold)
 
     def try_out(self) -> Trial:
         """What is changed from here on is kept or undone by `keep` or `undo` of what it returns. May be nested."""
@@ -521,7 +526,7 @@ class PartitionState:
 _ABSENT: Final = object()
 
 
-def _halve(kept: dict[str, Kept], bound: int) -> None:
-    if len(kept) > bound:
-        for key in list(islice(kept, len(kept) - bound // 2)):
-            del kept[key]
+def _halve(kept: dict[str, Kept], bound: int) -> list[Kept]:
+    if len(kept) <= bound:
+        return []
+    return [kept.pop(key) for key in list(islice(kept, len(kept) - bound // 2))]

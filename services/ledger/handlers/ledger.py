@@ -132,7 +132,7 @@ class Ledger:
     async def _attempt(self, items: Sequence[Item], decided: Callable[[], None], *, look_up: bool) -> list[Result]:
         async with self._deciding:
             now = self._now()
-            needs = needs_of(items, self._owned, look_up_lines=look_up)
+            needs = needs_of(items, self._owned, look_up_lines=look_up, now=now)
             if (
                 needs
                 or look_up
@@ -162,7 +162,8 @@ class Ledger:
                 loaded = await store.load(connection, needs)
                 self._refresh(needs, loaded)
                 self._stay_wary(loaded)
-                if late := late_needs_of(items, self._owned, units=self._units, now=self._now()):
+                reached = loaded.reached
+                if late := late_needs_of(items, self._owned, units=self._units, now=self._now(), reached=reached):
                     # Together: an account that is read again is read with the lots that it was given before.
                     loaded.add(await store.load(connection, late))
                     self._refresh(late, loaded)
@@ -259,6 +260,8 @@ class Ledger:
         # What was read for a partition that has just been lost goes nowhere.
         states = defaultdict(PartitionState, {partition: owned.state for partition, owned in self._owned.items()})
         add_rows(states, loaded.rows)
+        for partition, unread_from in loaded.unread_from.items():
+            states[partition].deadlines.unread_from = unread_from
 
     def _decide(self, item: Item, works: dict[int, "Work"], needs: Needs, loaded: Loaded) -> Result:
         owned = self._owned.get(item.partition)

@@ -22,7 +22,7 @@ from services.ledger.domain.commands import (
 )
 from services.ledger.domain.draft import Head
 from services.ledger.domain.entries import payment_of
-from services.ledger.domain.overdue import hold_of
+from services.ledger.domain.overdue import hold_of, overdue_on
 from services.ledger.domain.state import Account, PartitionState
 from services.ledger.handlers.items import (
     BundleItem,
@@ -40,6 +40,8 @@ from services.ledger.translate import Bundle
 
 BATCH_SECONDS_MAX: Final = 10.0
 _BATCH_MAX: Final = timedelta(seconds=BATCH_SECONDS_MAX)
+# Holds are read before they are overdue, that they are not asked for each time that one is.
+_READ_AHEAD: Final = timedelta(minutes=1)
 
 
 @dataclass(slots=True)
@@ -50,21 +52,24 @@ class Owned:
     state: PartitionState = field(default_factory=PartitionState)
     stale: bool = False
 
+    def soon(self, now: datetime) -> datetime:
+        """When the next batch is recorded at the latest: it is not known yet."""
+        return max(now, self.head.recorded_at) + _BATCH_MAX
+
     def distrust(self) -> None:
         """Read it again before it is used: what was decided may not be stored."""
         self.stale = True
         self.state = PartitionState()
 
 
-def needs_of(items: Sequence[Item], owned: Mapping[int, Owned], *, look_up_lines: bool) -> Needs:
+def needs_of(items: Sequence[Item], owned: Mapping[int, Owned], *, look_up_lines: bool, now: datetime) -> Needs:
     """What is not in memory, but for what commands may repeat."""
     needs = Needs()
     for item in items:
         here = owned.get(item.partition)
         if here is None:
             continue
-        if here.stale:
-            needs.heads.add(item.partition)
+        _need_partition(needs, item.partition, here, now)
         match item:
             case CommandItem():
                 _need(needs, item.partition, here.state, item.command)
@@ -122,8 +127,26 @@ def need_repeats(needs: Needs, items: Iterable[Item], owned: Mapping[int, Owned]
                     pass
 
 
-def late_needs_of(items: Sequence[Item], owned: Mapping[int, Owned], *, units: Units, now: datetime) -> Needs:
+def _need_partition(needs: Needs, partition: int, here: Owned, now: datetime) -> None:
+    if here.stale:
+        needs.heads.add(partition)
+    soon, unread_from = here.soon(now), here.state.deadlines.unread_from
+    if unread_from <= soon:
+        needs.overdue.add((partition, unread_from, soon + _READ_AHEAD))
+
+
+def late_needs_of(
+    items: Sequence[Item],
+    owned: Mapping[int, Owned],
+    *,
+    units: Units,
+    now: datetime,
+    reached: Iterable[tuple[int, str]] = (),
+) -> Needs:
     """What charges of long ago may have been paid with. Only now it is known on which wallets they count.
+
+    And the accounts of holds that will have ended before, on wallets concerned; `reached` are the accounts that claims
+    lead to.
 
     And what comes with the lots of a line that is charged and given back at once, or of an estimate that is made
     and taken back at once: which lots those will be is not known, so with all that are there.
@@ -132,13 +155,16 @@ def late_needs_of(items: Sequence[Item], owned: Mapping[int, Owned], *, units: U
     for partition, account in _undone_at_once(items):
         if (here := owned.get(partition)) is not None:
             _need_lots_of(late, partition, here.state, account)
+    for partition, accounts in _with_overdue(items, owned, reached, now):
+        state = owned[partition].state
+        for overdue in overdue_on(state, accounts, owned[partition].soon(now)):
+            _need_accounts(late, partition, state, path(overdue.account))
     since = now - LATE_GRACE
     for item in items:
         here = owned.get(item.partition)
         if here is None:
             continue
-        # When the batch will be recorded is not known yet.
-        soon = max(now, here.head.recorded_at) + _BATCH_MAX
+        soon = here.soon(now)
         for line in lines_of(item):
             if line.hold is None and line.occurred_at >= since:
                 continue
@@ -158,7 +184,7 @@ def late_needs_of(items: Sequence[Item], owned: Mapping[int, Owned], *, units: U
 
 
 def _need(needs: Needs, partition: int, state: PartitionState, command: Command) -> None:
-    needs.accounts.update((partition, account) for account in accounts_of(command) if account not in state.accounts)
+    _need_accounts(needs, partition, state, accounts_of(command))
     match command:
         case Grant() if (payment := payment_of(command.kind, command.reference)) is not None:
             needs.payments.add((partition, payment, command.account, False))
@@ -200,9 +226,31 @@ def _need_lines(
                 needs.lines.add((partition, line.source, line.event_id, line.revision))
             if line.hold is not None and not _is_open(state, line.hold):
                 needs.holds.add((partition, line.hold, line.account))
-    needs.accounts.update(
-        (partition, account) for name in names for account in path(name) if account not in state.accounts
-    )
+    for name in names:
+        _need_accounts(needs, partition, state, path(name))
+
+
+def _need_accounts(needs: Needs, partition: int, state: PartitionState, names: Iterable[str]) -> None:
+    needs.accounts.update((partition, name) for name in names if name not in state.accounts)
+
+
+def _with_overdue(
+    items: Iterable[Item], owned: Mapping[int, Owned], reached: Iterable[tuple[int, str]], now: datetime
+) -> Iterator[tuple[int, Iterable[str]]]:
+    """The partitions in which holds are overdue, or will be soon, and the accounts on whose wallets items may act."""
+    partitions = {item.partition for item in items} & owned.keys()
+    late = {each for each in partitions if owned[each].state.deadlines.are_passed(owned[each].soon(now))}
+    if late:
+        found = {
+            (item.partition, name)
+            for item in items
+            if item.partition in late
+            for command in commands_of(item)
+            for name in accounts_of(command)
+        }
+        found.update(each for each in reached if each[0] in late)
+        for partition in late:
+            yield partition, [name for of, name in sorted(found) if of == partition]
 
 
 def accounts_of(command: Command) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ from services.ledger.domain.draft import Draft, Fork, Transaction
 from services.ledger.domain.due import decide_due, next_due
 from services.ledger.domain.entries import Charged, HoldExtended, HoldPlaced, Move
 from services.ledger.domain.errors import AlreadyCharged, ChargeDiffers, Refusal
-from services.ledger.domain.overdue import decide_overdue, in_order, overdue
+from services.ledger.domain.overdue import decide_overdue, in_order, overdue, overdue_on
 from services.ledger.domain.state import Account, Claim, Hold, PartitionState, PastLine, Wallet
 from services.ledger.handlers.items import (
     BundleItem,
@@ -184,9 +184,10 @@ class Work:
         before = self._draft.entries
         match item.command:
             case CatchUp(account=account):
-                self._catch_up((account,))
+                self._catch_up((account,), self._overdue((account,), ()))
             case ResolveHold(account=account):
-                self._catch_up(path(account), self._overdue((item.command,)))
+                # Of all that are overdue the sweeper asks in order.
+                self._catch_up(path(account), self._overdue((), (item.command,)))
             case _:
                 assert_never(item.command)
         return Swept(self._draft.entries - before)
@@ -216,7 +217,7 @@ class Work:
         done: list[_Done] = []
         for place, each in enumerate(item.commands):
             accounts = self._concerned(each.command)
-            self._catch_up(accounts, self._overdue((each.command,)))
+            self._catch_up(accounts, self._overdue(accounts, (each.command,)))
             decided = self._do(each.command, accounts)
             if not isinstance(decided, _Done):
                 self._drop(mark)
@@ -277,7 +278,7 @@ class Work:
     def _try(self, command: Command, *, dry_run: bool) -> _Done | Refusal:
         """Carry out a command after what is due. A refusal leaves no trace, nor does a dry run."""
         accounts = self._concerned(command)
-        overdue_holds = self._overdue((command,))
+        overdue_holds = self._overdue(accounts, (command,))
         if not dry_run and not overdue_holds and not self._is_due(accounts):
             # A refusal has changed nothing: only what is due before it would have.
             return self._do(command, accounts)
@@ -332,11 +333,16 @@ class Work:
         due = next_due(self._draft.state, accounts)
         return due is not None and due <= self._draft.recorded_at
 
-    def _overdue(self, commands: Iterable[Command]) -> Sequence[Hold]:
-        """The holds that commands name and that have to end before them."""
+    def _overdue(self, accounts: Iterable[str], commands: Iterable[Command]) -> Sequence[Hold]:
+        """The holds that have to end before commands: those they name, and those on wallets of accounts."""
         state, at = self._draft.state, self._draft.recorded_at
-        named = (overdue(state, each, at) for each in commands)
-        return in_order(hold for hold in named if hold is not None)
+        named = [hold for each in commands if (hold := overdue(state, each, at)) is not None]
+        found = overdue_on(state, accounts, at)
+        if not found:
+            return named if len(named) < 2 else in_order(named)
+        # Another account that it holds something of may not be in memory, if there were too many to read.
+        there = (hold for hold in found if all(each.account in state.accounts for each in hold.earmarks.values()))
+        return in_order((*named, *there))
 
     def _catch_up(self, accounts: Sequence[str], overdue_holds: Sequence[Hold] = ()) -> list[Move]:
         """Record what is due, each in a transaction of its own, effective at its own time."""
@@ -472,7 +478,7 @@ class Work:
         reached = {account for line in settling if self._is_of_estimate(line) for account in self._concerned(line)}
         accounts = sorted({account for name in names for account in path(name)} | reached)
         # The bundle has its number, whatever becomes of its lines: nothing of this is to be undone.
-        self._catch_up(accounts, self._overdue(settling))
+        self._catch_up(accounts, self._overdue(accounts, settling))
         transaction = self._draft.begin()
         rows: list[Row] = []
         charged: dict[str, _Charged] = {}
@@ -518,7 +524,7 @@ class Work:
 
     def _reverse(self, line: ReverseCharge) -> Refusal | None:
         accounts = self._concerned(line)
-        self._catch_up(accounts)
+        self._catch_up(accounts, self._overdue(accounts, ()))
         done = self._do(line, accounts)
         return None if isinstance(done, _Done) else done
 

@@ -66,7 +66,11 @@ class Remembering(Archive):
 
     def _read(self, *commands: Command) -> PartitionState:  # noqa: ARG002 - whatever it is asked
         everything = PartitionState(
-            accounts=self.all.accounts, holds=self.all.holds, payments=self.all.payments, lines=self._lines
+            accounts=self.all.accounts,
+            holds=self.all.holds,
+            payments=self.all.payments,
+            lines=self._lines,
+            deadlines=self.all.deadlines,
         )
         return deepcopy(everything)
 

@@ -31,7 +31,7 @@ from services.ledger.domain.due import decide_due
 from services.ledger.domain.entries import PSEUDO_KINDS, Charged, Entry, Move, is_contra, payment_of
 from services.ledger.domain.errors import Refusal
 from services.ledger.domain.evolve import evolve
-from services.ledger.domain.overdue import decide_overdue, in_order, overdue
+from services.ledger.domain.overdue import decide_overdue, in_order, overdue, overdue_on
 from services.ledger.domain.state import CHANGED, Changes, Lot, PartitionState, PastLine, Wallet
 from tests.unit.ledger.book import BEGIN, PARTITION, UNITS
 
@@ -129,8 +129,11 @@ class Archive:
 
     def _begin(self, draft: Draft, *commands: Command) -> Transaction:
         """What is due before commands, then their transaction. Before a hold is resolved, what was due by its end."""
-        late = in_order(hold for each in commands if (hold := overdue(draft.state, each, draft.recorded_at)))
-        is_resolved = bool(late) and isinstance(commands[0], ResolveHold)
+        named = [hold for each in commands if (hold := overdue(draft.state, each, draft.recorded_at))]
+        is_resolved = bool(named) and isinstance(commands[0], ResolveHold)
+        paths = sorted({name for each in commands for name in path(each.account)})
+        also = [] if is_resolved else overdue_on(draft.state, paths, draft.recorded_at)
+        late = in_order([*named, *also])
         transaction = draft.begin()
         for hold in late:
             while moves := decide_overdue(draft.state, hold, units=self.units, place=transaction.place):
@@ -255,6 +258,9 @@ class Archive:
                 names |= {earmark.account for earmark in hold.earmarks.values()}
                 if hold.overdue == "charge_estimate":
                     wanted |= {earmark.lot for earmark in hold.earmarks.values()}
+        late = overdue_on(self.all, sorted(names), self.now)
+        holds |= {hold.id for hold in late}
+        names |= {name for hold in late for name in path(hold.account)}
         lots, known = self._lots({root(command.account) for command in commands}, wanted, payments)
         names |= {lot.account for lot in lots.values()}
         state = deepcopy(
@@ -263,6 +269,7 @@ class Archive:
                 holds={name: self.all.holds[name] for name in holds},
                 payments={key: payment for key, payment in self.all.payments.items() if key[0] in known},
                 lines=lines,
+                deadlines=self.all.deadlines,
             )
         )
         for account in state.accounts.values():

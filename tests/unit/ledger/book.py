@@ -40,8 +40,8 @@ from services.ledger.domain.entries import Charged, Details, Entry, Move, is_con
 from services.ledger.domain.errors import AlreadyCharged, ChargeDiffers, Refusal
 from services.ledger.domain.evolve import evolve
 from services.ledger.domain.laws import Breach, Laws, Line
-from services.ledger.domain.overdue import decide_overdue, in_order, overdue
-from services.ledger.domain.state import Hold, PartitionState, PastLine, Wallet
+from services.ledger.domain.overdue import decide_overdue, in_order, overdue, overdue_on
+from services.ledger.domain.state import NEVER, Hold, PartitionState, PastLine, Wallet
 from services.ledger.projections import Row, add_rows, changed_rows, lot_of
 from services.ledger.translate import scope_text, split_text
 
@@ -212,7 +212,7 @@ class Book:
         draft = self._draft()
         accounts = {account: None for each in lines for account in self.concerned(each)}
         # A bundle has been taken, whatever becomes of its lines: so what is due is done.
-        self._do_due(draft, accounts, late=self._late(draft, lines))
+        self._do_due(draft, accounts, late=self._late(draft, lines, accounts))
         transaction = draft.begin()
         outcomes: list[list[Move] | Refusal] = []
         for each in lines:
@@ -323,15 +323,17 @@ class Book:
     def _attempt(self, draft: Draft, command: Command, *, dry_run: bool = False) -> list[Move] | Refusal:
         accounts = self.concerned(command)
         due = next_due(draft.state, accounts)
-        late = self._late(draft, [command])
+        late = self._late(draft, [command], accounts)
         if not dry_run and not late and (due is None or due > draft.recorded_at):
             return self._decided(draft, command, accounts)
         tried = draft.fork()
         noted = self._noted
         if dry_run:
             self._noted = _Noted(dict(noted.contents))
-        self._do_due(draft, accounts, late=late, resolving=isinstance(command, ResolveHold))
-        decided = self._decided(draft, command, accounts)
+        later = self._resolving(draft, command, late)
+        if later is None:
+            self._do_due(draft, accounts, late=late)
+        decided = self._decided(draft, command, accounts, late=later or ())
         if isinstance(decided, list) and not dry_run:
             draft.join(tried)
         else:
@@ -339,7 +341,27 @@ class Book:
             self._noted = noted
         return decided
 
-    def _decided(self, draft: Draft, command: Command, accounts: Iterable[str]) -> list[Move] | Refusal:
+    def _resolving(self, draft: Draft, command: Command, late: Sequence[Hold]) -> Sequence[Hold] | None:
+        """Before an overdue hold is resolved by command: what comes before its end, which is the command's.
+
+        The holds that end after it; None if the command is another.
+        """
+        named = overdue(draft.state, command, draft.recorded_at)
+        if named is None or not isinstance(command, ResolveHold):
+            return None
+        place = late.index(named)
+        self._end(draft, late[:place])
+        while True:
+            transaction = draft.begin()
+            moves = decide_overdue(draft.state, named, units=self.units, place=transaction.place)
+            if moves[0].hold is not None:
+                return late[place + 1 :]
+            transaction.record(moves)
+            self._alert(draft, transaction)
+
+    def _decided(
+        self, draft: Draft, command: Command, accounts: Iterable[str], *, late: Iterable[Hold] = ()
+    ) -> list[Move] | Refusal:
         transaction = draft.begin()
         decided = self._decide(draft, command, transaction)
         if isinstance(decided, list):
@@ -350,32 +372,29 @@ class Book:
             if isinstance(command, ChargeLine):
                 transaction.finish(Charged(lines=1, lines_hash="", required=command.required))
             # A period may have begun before now.
-            self._do_due(draft, accounts)
+            self._do_due(draft, accounts, late=late)
         return decided
 
-    def _late(self, draft: Draft, commands: Iterable[Command]) -> list[Hold]:
-        """The holds that commands name and that are past their deadline."""
+    def _late(self, draft: Draft, commands: Iterable[Command], accounts: Iterable[str]) -> list[Hold]:
+        """The holds past their deadline that commands name, or that hold something of the wallets of accounts."""
         found = (overdue(draft.state, command, draft.recorded_at) for command in commands)
-        return in_order(hold for hold in found if hold is not None)
+        named = [hold for hold in found if hold is not None]
+        return in_order([*named, *overdue_on(draft.state, accounts, draft.recorded_at)])
 
-    def _do_due(
-        self, draft: Draft, accounts: Iterable[str], *, late: Iterable[Hold] = (), resolving: bool = False
-    ) -> None:
-        """Each thing that is due, in the order of its time, in a transaction of its own; overdue holds, too.
-
-        Before one is resolved by command: only what was due by its deadline. The rest follows.
-        """
-        names = list(accounts)
+    def _end(self, draft: Draft, late: Iterable[Hold]) -> None:
         for hold in late:
             while True:
                 transaction = draft.begin()
                 moves = decide_overdue(draft.state, hold, units=self.units, place=transaction.place)
-                if resolving and moves[0].hold is not None:
-                    return
                 if not moves:
                     break
                 transaction.record(moves)
                 self._alert(draft, transaction)
+
+    def _do_due(self, draft: Draft, accounts: Iterable[str], *, late: Iterable[Hold] = ()) -> None:
+        """Each thing that is due, in the order of its time, in a transaction of its own; overdue holds before."""
+        names = list(accounts)
+        self._end(draft, late)
         for _ in range(100_000):
             transaction = draft.begin()
             moves = decide_due(draft.state, names, units=self.units, place=transaction.place)
@@ -434,7 +453,9 @@ class Book:
     # Memory
 
     def _recall(self, *commands: Command) -> None:
-        """Read from the tables what commands name and is not in memory."""
+        """Read from the tables what commands name and is not in memory; and what is overdue, or will be by then."""
+        if not self.whole and self.state.deadlines.unread_from <= self.upcoming:
+            self._recall_open()
         for command in commands:
             if isinstance(command, ReverseCharge):
                 self._recall_line((command.source, command.event_id, command.revision), command)
@@ -451,6 +472,15 @@ class Book:
                 self._recall_hold(hold, command)
             if isinstance(command, ChargeLine):
                 self._recall_past(command)
+
+    def _recall_open(self) -> None:
+        """All that end until some time after now."""
+        until = self.upcoming + timedelta(minutes=20)
+        open_holds = [row for row in self.tables["holds"].values() if row[3] == "placed"]
+        rows = [row for row in open_holds if row[4] <= until and row[1] not in self.state.holds]
+        earmarks = [row for key, row in self.tables["hold_lots"].items() if key[1] in {row[1] for row in rows}]
+        add_rows({PARTITION: self.state}, {"holds": rows, "hold_lots": earmarks})
+        self.state.deadlines.unread_from = min((row[4] for row in open_holds if row[4] > until), default=NEVER)
 
     def _recall_hold(self, hold: str, command: Command) -> None:
         earmarks = [row for key, row in self.tables["hold_lots"].items() if key[:2] == (PARTITION, hold)]

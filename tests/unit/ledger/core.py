@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
+from contracts.accounts import path
 from contracts.money import Unit
 from services.ledger.domain.commands import (
     ChargeLine,
@@ -27,7 +28,7 @@ from services.ledger.domain.due import decide_due
 from services.ledger.domain.entries import PSEUDO_KINDS, Entry, Move, is_contra
 from services.ledger.domain.errors import Refusal
 from services.ledger.domain.evolve import evolve
-from services.ledger.domain.overdue import decide_overdue, overdue
+from services.ledger.domain.overdue import decide_overdue, in_order, overdue, overdue_on
 from services.ledger.domain.state import Hold, Lot, PartitionState, Wallet
 
 BEGIN: Final = datetime(2026, 7, 1, 12, tzinfo=UTC)
@@ -138,8 +139,11 @@ class Core:
     def ask(self, command: Command) -> list[Move] | Refusal:
         """Carry out a command, if it is accepted, in a batch of its own, after what is due."""
         hold = overdue(self.state, command, self.now)
-        if hold is not None:
-            self._end(hold, itself=not isinstance(command, ResolveHold))
+        for each in in_order(
+            [*([] if hold is None else [hold]), *overdue_on(self.state, path(command.account), self.now)]
+        ):
+            if not isinstance(command, ResolveHold) or each is hold:
+                self._end(each, itself=not isinstance(command, ResolveHold))
         if hold is None or not isinstance(command, ResolveHold):
             self.due()
         decided = decide(self.state, command, units=self.units, place=self._place())

@@ -114,17 +114,24 @@ class Model:
 
     # Time -------------------------------------------------------------------------------------------------------------
 
-    def late(self, commands: Iterable[Command], now: datetime) -> list[str]:
-        """The holds that commands of their accounts name, and that are past their deadline: the latest last."""
-        found: dict[str, datetime] = {}
-        for command in commands:
-            name = getattr(command, "hold", None)
-            hold = self.holds.get(name or "")
-            if not name or hold is None or hold["account"] != command.account:
-                continue
-            if hold["status"] == "placed" and hold["deadline"] <= now:
-                found[name] = hold["deadline"]
-        return sorted(found, key=lambda name: (found[name], name))
+    def late(self, commands: Iterable[Command], accounts: Iterable[str], now: datetime) -> list[str]:
+        """The holds past their deadline, in their order, that commands of their accounts name, or that hold something
+        of the wallets of accounts; with those on the paths of these.
+        """
+        past = {name for name, hold in self.holds.items() if hold["status"] == "placed" and hold["deadline"] <= now}
+        asked = {(getattr(command, "hold", None), command.account) for command in commands}
+        found = {name for name in past if (name, self.holds[name]["account"]) in asked}
+        names = set(accounts)
+        while True:
+            more = {
+                name
+                for name in past - found
+                if any(amount and part[0] in names for part, amount in self.holds[name]["parts"].items())
+            }
+            if not more:
+                return sorted(found, key=lambda name: (self.holds[name]["deadline"], name))
+            found |= more
+            names |= {each for name in more for each in path(self.holds[name]["account"])}
 
     def catch_up(self, accounts: Iterable[str], now: datetime, *, late: Sequence[str] = ()) -> dict[Key, Plain]:
         """Do what is due on accounts, the earliest first, overdue holds among it: what those wallets were before."""
@@ -132,7 +139,7 @@ class Model:
         keys = sorted(key for key in self.wallets if key[0] in set(accounts))
         for name in late:
             deadline = self.holds[name]["deadline"]
-            saved = self.catch_up(accounts, deadline) | saved
+            saved = self.catch_up(path(self.holds[name]["account"]), deadline) | saved
             self.resolve(name, now)
         while True:
             due = [(at, key) for key in keys if (at := self.next_due(self.wallets[key])) <= now]

@@ -566,6 +566,8 @@ class Lawful:
                     core.ask(VoidGrant(account=lots[given[0]].account, lot=lots[given[0]].id))
             case _:
                 self._use(name, *given)
+        # Holds may have ended before it, whatever it is.
+        self._ends_once(core.entries[self.entries :])
         self._holds_add_up()
         self._each_use_is_charged_once()
 
@@ -602,10 +604,7 @@ class Lawful:
         core.due()
         at = core.now
         before = {key: wallet.spendable(at, scope) for key, wallet in self._wallets().items()}
-        known = len(core.entries)
         decided = core.ask(command)
-        # A hold that it names may have ended before it.
-        self._ends_once(core.entries[known:])
         if not isinstance(decided, list):
             return
         if isinstance(command, PlaceHold | ExtendHold) or (isinstance(command, ChargeLine) and command.required):

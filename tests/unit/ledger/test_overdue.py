@@ -1,5 +1,6 @@
-"""Holds past their deadline: they end as they say themselves before anything that names them, swept or not."""
+"""Holds past their deadline: they end as they say themselves before anything that is about them or their wallets."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -17,9 +18,10 @@ from services.ledger.domain.commands import (
     Rule,
     SetRule,
 )
-from services.ledger.domain.errors import AccountDiffers, HoldExists, HoldExpired
+from services.ledger.domain.errors import AccountDiffers, HoldExists, HoldExpired, InsufficientFunds
+from services.ledger.domain.overdue import OVERDUE_HOLDS_MAX
 from services.ledger.projections import lot_of
-from tests.unit.ledger.book import Book, hold_id, leg, line
+from tests.unit.ledger.book import PARTITION, Book, hold_id, leg, line
 
 MINUTES = timedelta(minutes=1)
 POLICIES: tuple[Overdue, ...] = ("release", "charge_estimate")
@@ -165,6 +167,76 @@ def test_what_an_overdue_hold_releases_is_rolled_over_as_if_it_had_ended_in_time
         book.do(line("acme", ("tokens", 1), hold=hold, at=book.now))
         (august,) = [lot for lot in book.wallet("acme", "tokens").burning() if lot.period == 1]
         assert august.granted == 18
+
+
+def tree_with_hold(*, whole: bool = False, overdue: Overdue = "release", amount: int = 10) -> tuple[Book, str]:
+    """Somebody holds of all that their organization has, and is late."""
+    book = Book(whole=whole)
+    for account in ("acme", "acme/ana", "acme/bob"):
+        book.open(account, *(("usd",) if account == "acme" else ()))
+    book.grant("acme", "usd", 10)
+    hold = hold_id()
+    book.do(PlaceHold(hold=hold, account="acme/ana", legs=(leg("usd", amount),), overdue=overdue))
+    book.wait(15 * MINUTES)
+    return book, hold
+
+
+def hold_all(account: str, amount: int = 10) -> PlaceHold:
+    return PlaceHold(hold=hold_id(), account=account, legs=(leg("usd", amount),))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("account", ["acme", "acme/ana", "acme/bob"])
+def test_what_an_overdue_hold_held_is_there_for_others_at_once(account: str, whole: bool) -> None:
+    book, hold = tree_with_hold(whole=whole)
+    book.restart()
+    since = len(book.entries)
+    book.do(hold_all(account))
+    assert kinds(book, since) == [["hold_expired"], ["hold_placed"]]
+    ended = next(entry for entry in book.entries[since:] if entry.kind == "hold_expired")
+    assert (ended.hold, ended.occurred_at) == (hold, book.tables["holds"][PARTITION, hold][4])
+    assert (book.amounts("acme", "usd"), status(book, hold)) == ((10, 10), "expired")
+    assert book.replayed() == book.tables
+
+
+def test_what_an_overdue_hold_charges_is_not_there_for_others() -> None:
+    book, hold = tree_with_hold(overdue="charge_estimate", amount=4)
+    before = (len(book.journal), dict(book.tables["lots"]), dict(book.tables["holds"]))
+    for _ in range(2):
+        assert book.ask(hold_all("acme/bob", 7)) == InsufficientFunds("acme", "usd", 7, 6)
+    assert isinstance(book.ask(hold_all("acme/bob", 6), dry_run=True), list)
+    assert (len(book.journal), dict(book.tables["lots"]), dict(book.tables["holds"])) == before
+    book.bundle([line("acme/bob", ("usd", 7), at=book.now)])
+    assert (book.amounts("acme", "usd"), status(book, hold)) == ((-1, 0), "estimated")
+
+
+def test_overdue_holds_end_in_the_order_of_their_deadlines_whoever_placed_them() -> None:
+    book = Book()
+    for account in ("acme", "acme/ana", "acme/bob"):
+        book.open(account, *(("usd",) if account == "acme" else ()))
+    book.grant("acme", "usd", 10)
+    lifetimes = (600, 400, 500)
+    holds = [hold_all(("acme/ana", "acme/bob", "acme")[place], 3) for place in range(3)]
+    for place, seconds in enumerate(lifetimes):
+        book.do(replace(holds[place], lifetime_seconds=seconds))
+    book.wait(15 * MINUTES)
+    book.do(line("acme", ("usd", 10), at=book.now))
+    ended = [entry.hold for entry in book.entries if entry.kind == "hold_expired"]
+    assert ended == [holds[1].hold, holds[2].hold, holds[0].hold]
+
+
+def test_one_decision_waits_for_some_hundreds_of_overdue_holds_and_no_more() -> None:
+    book = Book()
+    book.open("acme", "usd")
+    book.grant("acme", "usd", OVERDUE_HOLDS_MAX + 5)
+    for _ in range(OVERDUE_HOLDS_MAX + 5):
+        book.do(hold_all("acme", 1))
+    book.wait(timedelta(hours=1))
+    assert book.ask(hold_all("acme", OVERDUE_HOLDS_MAX + 1)) == InsufficientFunds(
+        "acme", "usd", OVERDUE_HOLDS_MAX + 1, OVERDUE_HOLDS_MAX
+    )
+    book.do(hold_all("acme", OVERDUE_HOLDS_MAX))
+    assert book.amounts("acme", "usd")[1] == OVERDUE_HOLDS_MAX + 5
 
 
 held = st.integers(0, 20)

@@ -208,7 +208,7 @@ class World:
         loose: set[Key] = set()
         net: Counter[Key] = Counter()
         for command, outcome, accounts in zip(commands, outcomes, concerned, strict=False):
-            late = model.late(commands if step.way == "bundle" else [command], now)
+            late = model.late(commands if step.way == "bundle" else [command], accounts, now)
             untouched = model.copy() if late and step.way != "bundle" else None
             saved = self.catch_up(command, accounts, now, late)
             due = (model.loose, model.net)
@@ -229,7 +229,11 @@ class World:
                 if isinstance(command, ChargeLine):
                     self.learn_split(command, outcome)
                 if step.way != "bundle":
-                    model.catch_up([account for account in accounts if account in model.accounts], now)
+                    model.loose, model.net = set(), {}
+                    after = model.late((), accounts, now)
+                    model.catch_up([account for account in accounts if account in model.accounts], now, late=after)
+                    loose |= model.loose
+                    net.update(model.net)
             else:
                 if is_certain:
                     require(outcome.code in must | may, "it should not be refused so", outcome, sorted(must), command)
@@ -250,8 +254,10 @@ class World:
         model = self.model
         model.loose, model.net = set(), {}
         known = [account for account in accounts if account in model.accounts]
-        if isinstance(command, ResolveHold):
-            return model.catch_up(known, model.holds[late[0]]["deadline"] if late else now)
+        if isinstance(command, ResolveHold) and command.hold in model.late([command], (), now):
+            before = late[: late.index(command.hold)]
+            saved = model.catch_up((), now, late=before)
+            return model.catch_up(known, model.holds[command.hold]["deadline"]) | saved
         return model.catch_up(known, now, late=late)
 
     def learn_split(self, line: ChargeLine, moves: Sequence[Move]) -> None:

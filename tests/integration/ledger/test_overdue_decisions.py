@@ -1,0 +1,96 @@
+"""Laws of deciding: what overdue holds held is there for others at once, whether anybody swept or remembers them."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from psycopg import AsyncConnection
+
+from contracts import ledger as words
+from services.kit.ids import new_hold_id
+from services.ledger import store
+from services.ledger.domain.state import NEVER
+from services.ledger.replay import replay
+from services.ledger.store import Needs
+from tests.builders import hold_leg, place_hold
+from tests.conftest import Database
+from tests.integration.ledger.driving import Driver
+
+pytestmark = pytest.mark.anyio
+
+
+@asynccontextmanager
+async def unswept(driver: Driver) -> AsyncIterator[None]:
+    settings = driver.settings.model_copy(update={"sweep_seconds": 600.0})
+    async with replace(driver, settings=settings).running():
+        yield
+
+
+def hold_of(amount: str, account: str, *, key: str, seconds: int = 900) -> words.PlaceHold:
+    placed = place_hold(new_hold_id("acme"), hold_leg("usd", amount), account=account, key=key)
+    return placed.model_copy(update={"lifetime_seconds": seconds})
+
+
+@pytest.mark.parametrize("is_remembered", [True, False])
+async def test_a_hold_of_all_there_is_is_admitted_once_another_is_past_its_deadline(
+    driver: Driver, database: Database, is_remembered: bool
+) -> None:
+    async with unswept(driver):
+        await driver.funded("acme", "10")
+        for account in ("acme/ana", "acme/bob"):
+            await driver.accepted(words.OpenAccount(idempotency_key=account, account=account))
+        await driver.accepted(hold_of("10", "acme/ana", key="first", seconds=2))
+        refused = await driver.refused(hold_of("10", "acme/bob", key="second"))
+        assert refused.code == "insufficient_funds"
+        if is_remembered:
+            await asyncio.sleep(2.1)
+            await admitted(driver)
+    if not is_remembered:
+        await asyncio.sleep(2.1)
+        async with unswept(driver):
+            await admitted(driver)
+    assert replay(database.url("ledger_owner")).is_equal
+
+
+async def admitted(driver: Driver) -> None:
+    stored = await written(driver)
+    assert (await driver.refused(hold_of("11", "acme/bob", key="second"))).code == "insufficient_funds"
+    assert await written(driver) == stored
+    await driver.accepted(hold_of("10", "acme/bob", key="second"))
+    assert await driver.rows("SELECT status FROM holds ORDER BY recorded_at") == [("expired",), ("placed",)]
+    assert await driver.rows("SELECT posted, held FROM wallets") == [(10 * 10**9, 10 * 10**9)]
+
+
+async def written(driver: Driver) -> dict[str, list[str]]:
+    """All but who owns which partition: on a slow machine leases are lost and taken again."""
+    return {table: rows for table, rows in (await driver.dump()).items() if table != "heads"}
+
+
+async def test_open_holds_are_read_by_their_deadlines_some_at_a_time(
+    driver: Driver, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with unswept(driver):
+        await driver.funded("acme", "10")
+        for place, seconds in enumerate((100, 200, 300, 4_000)):
+            await driver.accepted(hold_of("1", "acme", key=f"h{place}", seconds=seconds))
+    ((partition,),) = await driver.rows("SELECT DISTINCT partition FROM holds")
+    found = await driver.rows("SELECT expires_at FROM holds ORDER BY expires_at")
+    deadlines = [at for (at,) in found]
+    ever, now = datetime.min.replace(tzinfo=UTC), deadlines[0] - timedelta(seconds=100)
+
+    async def read(since: datetime, until: datetime) -> tuple[list[datetime], datetime]:
+        needs = Needs(overdue={(partition, since, until)})
+        async with await AsyncConnection.connect(database.url("ledger").get_secret_value()) as connection:
+            loaded = await store.load(connection, needs)
+        held = {row[1] for row in loaded.rows["hold_lots"]}
+        assert held == {row[1] for row in loaded.rows["holds"]}
+        return sorted(row[4] for row in loaded.rows["holds"]), loaded.unread_from[partition]
+
+    assert await read(ever, now) == ([], deadlines[0])
+    assert await read(ever, deadlines[1]) == (deadlines[:2], deadlines[2])
+    assert await read(deadlines[2], deadlines[3]) == (deadlines[2:], NEVER)
+    monkeypatch.setattr(store, "OVERDUE_READ_MAX", 4)
+    assert await read(ever, NEVER) == (deadlines, deadlines[3] + timedelta(microseconds=1))
