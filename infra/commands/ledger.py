@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from infra import state
@@ -146,8 +147,7 @@ def transaction(transaction_id: Annotated[str, typer.Argument(help="Its id: txn_
         console.print(said, markup=False, highlight=False)
     if found["bundle"] is not None:
         console.print(f"bundle {found['bundle']} of charges", highlight=False)
-    if found["lines"]:
-        console.print(_lines(found["lines"]))
+    _show_lines(console, found["lines"], found["reversals"])
     table = Table("entry", "what", "account", "unit", "posted", "held", "lot")
     for entry in found["entries"]:
         place = f"{entry['batch']}/{entry['position']}"
@@ -162,7 +162,30 @@ def charge(
 ) -> None:
     """Show what a use was charged, from which lots, and what of that was given back."""
     found = ServiceApi.running("ledger").get(f"/v1/charges/{_quoted(source)}/{_quoted(event)}")
-    Console().print(_lines(found["lines"]))
+    _show_lines(Console(), found["lines"], [])
+
+
+def _show_lines(console: Console, lines: list[dict[str, Any]], reversals: list[dict[str, Any]]) -> None:
+    """Charge lines with what was given back of them; and what was given back of others."""
+    if lines:
+        console.print(_lines(lines))
+    given_back = [*reversals, *(reversal for line in lines for reversal in line["reversals"])]
+    if given_back:
+        console.print(_reversals(given_back))
+
+
+def _reversals(reversals: list[dict[str, Any]]) -> Table:
+    table = Table("given back of", "when", "amount", "to", "reason", "correction")
+    for reversal in reversals:
+        table.add_row(
+            f"{reversal['event_id']} {reversal['revision'] or ''}",
+            reversal["recorded_at"],
+            "\n".join(f"{each['amount']} {each['unit']}" for each in reversal["split"]),
+            "\n".join(each["account"] for each in reversal["split"]),
+            escape(reversal["reason"] or ""),
+            escape(reversal["correction"] or ""),
+        )
+    return table
 
 
 def _lines(lines: list[dict[str, Any]]) -> Table:

@@ -9,12 +9,15 @@ from typing import Any, Final
 import httpx2
 import pytest
 from pydantic import SecretStr
+from typer.testing import CliRunner
 
 from contracts import ledger as words
 from contracts.metering import ChargeLine, ReversalLine
 from contracts.money import Amount
 from contracts.partition import partition_of, token
 from contracts.streams import charges_rated_subject
+from infra.cli import app as scrip
+from infra.commands import ledger as commands
 from services.kit.ids import new_hold_id
 from services.ledger import audit_sql
 from services.ledger.audit import audit
@@ -280,6 +283,34 @@ async def test_the_cause_of_a_transaction_is_the_bundle_and_its_correction(corre
     assert {entry["kind"] for entry in found["entries"]} >= {"reversed"}
     charging = (await corrected.http.get(f"/v1/transactions/{line['transaction']}")).json()
     assert (charging["bundle"], charging["reversals"]) == (1, [])
+
+
+@pytest.mark.parametrize("asked", ["charge", "transaction", "cause"])
+async def test_the_command_line_shows_what_a_correction_gave_back_when_and_why(
+    corrected: Corrected, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    await corrected.bundle(charge_line("e1", usd="110"))
+    await corrected.bundle(reversals=(reversal_line("e1", usd="105", correction="july", reason="prices [2]"),))
+    charge = (await corrected.http.get("/v1/charges/demo/e1")).json()
+    (line,) = charge["lines"]
+    (given_back,) = line["reversals"]
+    named = given_back["transaction"] if asked == "cause" else line["transaction"]
+    answer = charge if asked == "charge" else (await corrected.http.get(f"/v1/transactions/{named}")).json()
+
+    class Answering:
+        @classmethod
+        def running(cls, _service: str) -> "Answering":
+            return cls()
+
+        def get(self, _path: str) -> Any:
+            return answer
+
+    monkeypatch.setattr(commands, "ServiceApi", Answering)
+    arguments = ["charge", "demo", "e1"] if asked == "charge" else ["transaction", named]
+    result = CliRunner().invoke(scrip, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    for shown in (given_back["recorded_at"], "105 usd", "prices [2]", "july"):
+        assert shown in result.output
 
 
 async def test_each_reversal_is_told_with_its_correction(corrected: Corrected) -> None:
