@@ -156,7 +156,7 @@ class Ledger:
         """Read what is not in memory, decide and commit, all in one transaction."""
         with self._distrusting(items):
             async with self._writer.transaction() as connection:
-                needs = needs_of(items, self._owned, look_up_lines=look_up_lines)
+                needs = needs_of(items, self._owned, look_up_lines=look_up_lines, now=self._now())
                 # It costs little where something is read.
                 need_repeats(needs, items, self._owned)
                 loaded = await store.load(connection, needs)

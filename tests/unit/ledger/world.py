@@ -168,7 +168,7 @@ class World:
                 self.model = before
             return outcomes
         new = [recorded.entry for recorded in book.journal[entries:]]
-        self.check_entries(new, commands)
+        self.check_entries(new, commands, {account for each in concerned for account in each})
         self.compare(new, {account for each in concerned for account in each})
         self.check_floor(commands, outcomes, now)
         self.check_plan(commands)
@@ -440,7 +440,7 @@ class World:
         for hold in book.state.holds.values():
             same(book.tables["holds"], hold_row(PARTITION, hold))
 
-    def check_entries(self, new: Sequence[Entry], commands: Sequence[Command]) -> None:
+    def check_entries(self, new: Sequence[Entry], commands: Sequence[Command], concerned: set[str]) -> None:
         """Laws of the journal, on what was added to it."""
         place = (self.book.head.batch, 0)
         sums: Counter[tuple[str, str | None, str]] = Counter()
@@ -464,7 +464,7 @@ class World:
         self.check_repaid(new)
         require(not any(sums.values()), "the posted of a transaction sum to zero", +sums, -sums)
         for lot in {entry.lot for entry in new if entry.lot is not None}:
-            self.check_lot(lot)
+            self.check_lot(lot, concerned)
         for hold in {entry.hold for entry in new if entry.hold is not None}:
             self.check_hold(hold)
         for key in {(entry.account, entry.unit) for entry in new if entry.unit and not is_contra(entry.account)}:
@@ -526,15 +526,17 @@ class World:
                     is_left_out = other.reference is not None and other.reference == by.reference
                     require(other.age >= debt.age or is_left_out, "the oldest debt is repaid first", debt, other)
 
-    def check_lot(self, name: str) -> None:
-        """A lot is the sum of its entries, and never negative; what is over is not there."""
+    def check_lot(self, name: str, concerned: Iterable[str] = ()) -> None:
+        """A lot is the sum of its entries, and never negative; what is over on accounts concerned is not there."""
         lot = lot_of(self.book.tables["lots"][PARTITION, name])
         require([lot.posted, lot.held, lot.frozen] == self.sums[name], "a lot is the sum of its entries", lot)
         if lot.kind in PSEUDO_KINDS:
             require(lot.posted <= 0 <= lot.held and lot.frozen == 0, "a pseudo-lot is what is not there", lot)
         else:
             require(min(lot.held, lot.frozen, lot.available) >= 0, "a lot is never negative", lot)
+            # On other wallets of a hold that ended only what was due by then was done.
             over = lot.expires_at is not None and lot.expires_at <= self.book.head.recorded_at
+            over = over and lot.account in concerned
             require(not (over or lot.void) or lot.available == 0, "what is over is not there", lot)
             require(0 <= lot.pending <= lot.held, "what claims wait for is held", lot)
             require(0 <= lot.pending + lot.pending_frozen <= lot.held, "what claims wait for is held once", lot)
