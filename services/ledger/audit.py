@@ -9,7 +9,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import groupby
@@ -31,8 +31,8 @@ from contracts.partition import PARTITION_COUNT
 from contracts.streams import LEDGER
 from services.ledger.domain.chain import GENESIS, columns_hash
 from services.ledger.domain.commands import LotScope, Scope
-from services.ledger.domain.entries import Charged
-from services.ledger.domain.laws import KnownHold, KnownLot, KnownWallet, Laws, Line, more_than_charged
+from services.ledger.domain.entries import Charged, Reversed
+from services.ledger.domain.laws import KnownHold, KnownLot, KnownWallet, Laws, Line, more_than_charged, reversal_row
 from services.ledger.signing import heads_of, is_signed, says_head
 from services.ledger.translate import lines_hash
 
@@ -365,7 +365,7 @@ def _audited(task: _Task) -> _Result:
 
 
 class _Partition:
-    """One pass through a partition's journal, beside its signatures and its charge lines."""
+    """One pass through a partition's journal, beside what is recorded of its batches: signatures, bundles, lines."""
 
     def __init__(self, connection: Connection[TupleRow], task: _Task, since: Reached | None, result: _Result) -> None:
         self._connection = connection
@@ -376,8 +376,10 @@ class _Partition:
         self._after = 0 if since is None else since.batch
         self._result = result
         self._laws = Laws(task.partition, caps=task.caps)
-        self._lines = _Batches(self._rows("lines", _LINES), 13)
-        self._signatures = _Batches(self._rows("signatures", _SIGNATURES), 0)
+        self._signatures = _Batches(self._rows("signatures", _SIGNATURES), 0, self._stray_signature)
+        self._bundles = _Batches(self._rows("bundles", _BUNDLES), 1, self._stray_bundle)
+        self._lines = _Batches(self._rows("lines", _LINES), 13, self._stray_line)
+        self._reversals = _Batches(self._rows("reversals", _REVERSALS), 3, self._stray_reversal)
 
     def run(self) -> None:
         """Everything about the partition."""
@@ -386,10 +388,11 @@ class _Partition:
         self._read_journal()
         for breach in self._laws.breaches:
             self._result.find(*breach)
-        self._check_rest()
+        for beside in (self._signatures, self._bundles, self._lines, self._reversals):
+            beside.end()
         self._check_head()
-        self._check_references()
-        self._check_reversals()
+        self._check_commands()
+        self._check_given_back()
 
     def _rows(self, name: str, statement: LiteralString) -> Iterator[TupleRow]:
         with self._connection.cursor(name=name, binary=True) as cursor:
@@ -434,35 +437,65 @@ class _Partition:
 
     def _end_batch(self, rows: Sequence[TupleRow]) -> None:
         self._result.entries += len(rows)
-        last = rows[-1]
-        self._check_signature(last)
-        lines = self._lines.take(last[0])
-        self._result.lines += len(lines)
-        by_transaction = {key: list(each) for key, each in groupby(lines, key=_transaction_of_line)}
-        for transaction, each in groupby(rows, key=_transaction_of_entry):
+        batch = rows[0][0]
+        self._check_signature(rows[-1])
+        bundles = {row[0]: row for row in self._bundles.take(batch)}
+        lines_taken = self._lines.take(batch)
+        self._result.lines += len(lines_taken)
+        lines = _by_transaction(lines_taken, column=14)
+        reversals = _by_transaction(self._reversals.take(batch), column=5)
+        for transaction, each in groupby(rows, key=itemgetter(2)):
             entries = list(each)
-            charged = self._laws.add(entries)
-            of_transaction = by_transaction.pop(transaction, None)
-            if charged is None and of_transaction is None:
-                continue
-            self._check_lines(entries, of_transaction or [], charged)
-        for transaction in by_transaction:
-            self._result.find(last[0], 0, f"charge lines say they are of transaction {transaction}, which is not there")
+            told = self._laws.add(entries)
+            if told is not None:
+                self._check_bundle(entries[0], told, bundles)
+            if isinstance(told, Charged) or transaction in lines:
+                self._check_lines(entries, told, lines.pop(transaction, []))
+            if isinstance(told, Reversed) or transaction in reversals:
+                self._check_reversals(entries, told, reversals.pop(transaction, []))
+        for bundle in bundles.values():
+            self._stray_bundle(bundle)
+        for of_transaction in lines.values():
+            self._stray_line(of_transaction[0])
+        for of_transaction in reversals.values():
+            self._stray_reversal(of_transaction[0])
 
-    def _check_lines(self, entries: Sequence[TupleRow], lines: Sequence[TupleRow], wanted: Charged | None) -> None:
-        first = entries[0]
-        if wanted is None:
-            self._result.find(first[0], first[1], f"{len(lines)} charge lines say they are of its transaction")
-        elif lines_hash([(self._partition, *line) for line in lines]) != wanted.lines_hash:
-            self._result.find(first[0], first[1], f"the {len(lines)} charge lines of its transaction are not its own")
+    def _check_bundle(self, first: TupleRow, told: Charged | Reversed, bundles: dict[int, TupleRow]) -> None:
+        """A bundle was taken with what was done for it. Its charges come last, and are the transaction it names."""
+        if told.bundle is None:
+            return
+        is_charged = isinstance(told, Charged)
+        found = bundles.pop(told.bundle, None) if is_charged else bundles.get(told.bundle)
+        if found is None:
+            self._find(first, f"it was done for bundle {told.bundle}, which was not taken with it")
+        elif is_charged and found[2] != first[2]:
+            self._find(first, f"it was done for bundle {told.bundle}, which names transaction {found[2]}")
+
+    def _check_lines(
+        self, entries: Sequence[TupleRow], told: Charged | Reversed | None, lines: Sequence[TupleRow]
+    ) -> None:
+        if not isinstance(told, Charged):
+            self._find(entries[0], f"{len(lines)} charge lines say they are of its transaction")
+            return
+        if lines_hash([(self._partition, *line) for line in lines]) != told.lines_hash:
+            self._find(entries[0], f"the {len(lines)} charge lines of its transaction are not its own")
         else:
-            self._laws.check_lines(entries, map(Line._make, map(_line, lines)), required=wanted.required)
+            self._laws.check_lines(entries, map(Line._make, map(_line, lines)), required=told.required)
+
+    def _check_reversals(
+        self, entries: Sequence[TupleRow], told: Charged | Reversed | None, reversals: Sequence[TupleRow]
+    ) -> None:
+        """What a transaction gives back of a charge line is recorded as it was, and nothing else is."""
+        wanted = reversal_row(entries, told) if isinstance(told, Reversed) else None
+        if wanted is not None and wanted not in reversals:
+            self._find(entries[0], f"it gives back {_line_name(wanted)}, and that is not what is recorded")
+        for row in reversals:
+            if row != wanted:
+                self._stray_reversal(row)
 
     def _check_signature(self, last: TupleRow) -> None:
         """The batch's last entry has been signed, with whatever else its commit moved."""
         batch, position, chain_hash = last[0], last[1], last[15]
-        for unexpected in self._signatures.before(batch):
-            self._result.find(unexpected[0], 0, "it was signed, and is not there: entries have been removed")
         found = self._signatures.take(batch)
         if not found:
             self._result.find(batch, position, "no signature covers the head that it made")
@@ -488,12 +521,23 @@ class _Partition:
             _signed.add(name)
         return True
 
-    def _check_rest(self) -> None:
-        """Signatures and charge lines of batches that are not there."""
-        for row in self._signatures.rest():
-            self._result.find(row[0], 0, "it was signed, and is not there: entries have been removed")
-        for row in self._lines.rest():
-            self._result.find(row[13], 0, f"a charge line says it is of transaction {row[14]}, which is not there")
+    def _find(self, entry: TupleRow, what: str) -> None:
+        self._result.find(entry[0], entry[1], what)
+
+    def _stray_signature(self, row: TupleRow) -> None:
+        self._result.find(row[0], 0, "it was signed, and is not there: entries have been removed")
+
+    def _stray_bundle(self, row: TupleRow) -> None:
+        # One of which nothing was charged names none.
+        if row[2] is not None:
+            self._result.find(row[1], 0, f"the bundle {row[0]} names transaction {row[2]}, which is not of it")
+
+    def _stray_line(self, row: TupleRow) -> None:
+        self._result.find(row[13], 0, f"a charge line says it is of transaction {row[14]}, which is not there")
+
+    def _stray_reversal(self, row: TupleRow) -> None:
+        what = f"the reversal of {_line_name(row)} names transaction {row[5]}, which does not give that back"
+        self._result.find(row[3], row[4], what)
 
     def _check_head(self) -> None:
         """The head is the last entry; what was seen outside is in the journal."""
@@ -514,62 +558,68 @@ class _Partition:
             elif _hash_of(self._connection, self._partition, batch) != seen.reached.chain_hash:
                 self._result.find(batch, 0, f"it is not what has been {seen.where}: entries up to it have been changed")
 
-    def _check_references(self) -> None:
-        """Commands, bundles and reversals name transactions that are in the journal, and these name bundles."""
+    def _check_commands(self) -> None:
+        """Commands name transactions that are in the journal."""
         parameters = {"partition": self._partition, "after": self._after}
-        for name, number, batch in self._connection.execute(_OF_BUNDLES, parameters).fetchall():
-            self._result.find(batch, 0, f"it gives back {name} for bundle {number}, which was not taken with it")
-        for what, statement in _REFERENCES.items():
-            for name, batch, transaction in self._connection.execute(statement, parameters).fetchall():
-                self._result.find(batch, 0, f"{what} {name} names transaction {transaction}, which is not there")
+        for name, batch, transaction in self._connection.execute(_COMMANDS_ASTRAY, parameters).fetchall():
+            self._result.find(batch, 0, f"the command {name} names transaction {transaction}, which is not there")
 
-    def _check_reversals(self) -> None:
+    def _check_given_back(self) -> None:
         """What was given back of a charge line is not more than it took, lot by lot."""
         parameters = {"partition": self._partition, "after": self._after}
-        rows = self._connection.execute(_REVERSALS, parameters).fetchall()
-        for key, each in groupby(rows, key=lambda row: row[:3]):
+        rows = self._connection.execute(_GIVEN_BACK, parameters).fetchall()
+        for _, each in groupby(rows, key=itemgetter(0, 1, 2)):
             reversals = list(each)
-            split = reversals[0][6]
             last = reversals[-1]
+            name, split = _line_name(last), last[6]
             if split is None:
-                self._result.find(last[3], last[4], f"it gives back {'/'.join(map(str, key))}, which was not charged")
+                self._result.find(last[3], last[4], f"it gives back {name}, which was not charged")
                 continue
             for (account, unit, lot), amount in more_than_charged(split, [row[5] for row in reversals]).items():
                 self._result.find(
-                    last[3],
-                    last[4],
-                    f"{amount} {unit} more than {'/'.join(map(str, key))} took of lot {lot} of {account} is given back",
+                    last[3], last[4], f"{amount} {unit} more than {name} took of lot {lot} of {account} is given back"
                 )
 
 
 class _Batches:
-    """Rows in the order of their batches, taken batch by batch."""
+    """Rows in the order of their batches, taken batch by batch; those of batches that nobody takes are `stray`."""
 
-    def __init__(self, rows: Iterator[TupleRow], column: int) -> None:
+    def __init__(self, rows: Iterator[TupleRow], column: int, stray: Callable[[TupleRow], None]) -> None:
         self._rows = rows
         self._column = column
+        self._stray = stray
         self._next = next(rows, None)
 
     def take(self, batch: int) -> list[TupleRow]:
-        """The rows of a batch. Those of batches before it have been taken."""
-        return list(self._while(lambda found: found == batch))
+        """The rows of a batch, which comes after those that were taken before."""
+        column, rows, taken = self._column, self._rows, []
+        while (row := self._next) is not None and row[column] <= batch:
+            if row[column] == batch:
+                taken.append(row)
+            else:
+                self._stray(row)
+            self._next = next(rows, None)
+        return taken
 
-    def before(self, batch: int) -> Iterator[TupleRow]:
-        """The rows of batches before one that have not been taken."""
-        return self._while(lambda found: found < batch)
-
-    def rest(self) -> Iterator[TupleRow]:
-        """All that have not been taken."""
-        return self._while(lambda _: True)
-
-    def _while(self, condition: Callable[[int], bool]) -> Iterator[TupleRow]:
-        while self._next is not None and condition(self._next[self._column]):
-            row, self._next = self._next, next(self._rows, None)
-            yield row
+    def end(self) -> None:
+        """There are no more batches."""
+        while self._next is not None:
+            self._stray(self._next)
+            self._next = next(self._rows, None)
 
 
-_transaction_of_entry: Final = itemgetter(2)
-_transaction_of_line: Final = itemgetter(14)
+def _by_transaction(rows: Iterable[TupleRow], *, column: int) -> dict[str, list[TupleRow]]:
+    found: dict[str, list[TupleRow]] = {}
+    for row in rows:
+        found.setdefault(row[column], []).append(row)
+    return found
+
+
+def _line_name(reversal: Sequence[Any]) -> str:
+    """Of which charge line a row of reversals is."""
+    return "/".join(map(str, reversal[:3]))
+
+
 # Of the columns of a charge line, in the order of Line.
 _line: Final = itemgetter(0, 1, 3, 4, 5, 6, 10)
 
@@ -610,50 +660,26 @@ FROM signatures s LEFT JOIN signatures f
 WHERE s.partition = %(partition)s AND s.batch > %(after)s ORDER BY s.batch
 """
 
-_REFERENCES: Final[Mapping[str, LiteralString]] = {
-    "the command": """
-        SELECT c.principal || ' ' || c.idempotency_key, c.batch, c.transaction_id::text
-        FROM commands c LEFT JOIN (
-            SELECT DISTINCT batch, transaction_id FROM journal WHERE partition = %(partition)s AND batch > %(after)s
-        ) j USING (batch, transaction_id)
-        WHERE c.partition = %(partition)s AND c.batch > %(after)s AND j.batch IS NULL ORDER BY 2, 1
-        """,
-    "the bundle": """
-        SELECT b.number::text, b.batch, b.transaction_id::text
-        FROM bundles b LEFT JOIN (
-            SELECT DISTINCT batch, transaction_id FROM journal WHERE partition = %(partition)s AND batch > %(after)s
-        ) j USING (batch, transaction_id)
-        WHERE b.partition = %(partition)s AND b.batch > %(after)s AND b.transaction_id IS NOT NULL AND j.batch IS NULL
-        ORDER BY 2, 1
-        """,
-    "the reversal of": """
-        SELECT r.source || '/' || r.event_id || '/' || r.revision, r.batch, r.transaction_id::text
-        FROM reversals r LEFT JOIN (
-            SELECT batch, position, transaction_id FROM journal
-            WHERE partition = %(partition)s AND batch > %(after)s
-        ) j USING (batch, position, transaction_id)
-        WHERE r.partition = %(partition)s AND r.batch > %(after)s AND j.batch IS NULL ORDER BY 2, 1
-        """,
-}
+_BUNDLES: Final[LiteralString] = """
+SELECT number, batch, transaction_id::text FROM bundles
+WHERE partition = %(partition)s AND batch > %(after)s ORDER BY batch, number
+"""
 
-# Reversals whose entries name a bundle that is not of their batch.
-_OF_BUNDLES: Final[LiteralString] = """
-SELECT r.source || '/' || r.event_id || '/' || r.revision, j.number, r.batch
-FROM reversals r, LATERAL (
-    SELECT (e.details::json ->> 'bundle')::bigint AS number FROM journal e
-    WHERE e.partition = r.partition AND e.batch = r.batch AND e.position >= r.position
-      AND e.transaction_id = r.transaction_id AND e.kind = 'reversed' AND e.details IS NOT NULL
-    ORDER BY e.position LIMIT 1
-) j
-WHERE r.partition = %(partition)s AND r.batch > %(after)s AND j.number IS NOT NULL
-  AND NOT EXISTS (
-      SELECT FROM bundles b WHERE b.partition = r.partition AND b.number = j.number AND b.batch = r.batch
-  )
-ORDER BY 3, 1
+_REVERSALS: Final[LiteralString] = """
+SELECT source, event_id, revision, batch, position, transaction_id::text, split, reason, recorded_at FROM reversals
+WHERE partition = %(partition)s AND batch > %(after)s ORDER BY batch, position
+"""
+
+_COMMANDS_ASTRAY: Final[LiteralString] = """
+SELECT c.principal || ' ' || c.idempotency_key, c.batch, c.transaction_id::text
+FROM commands c LEFT JOIN (
+    SELECT DISTINCT batch, transaction_id FROM journal WHERE partition = %(partition)s AND batch > %(after)s
+) j USING (batch, transaction_id)
+WHERE c.partition = %(partition)s AND c.batch > %(after)s AND j.batch IS NULL ORDER BY 2, 1
 """
 
 # All reversals of the lines of which something was given back since.
-_REVERSALS: Final[LiteralString] = """
+_GIVEN_BACK: Final[LiteralString] = """
 SELECT source, event_id, revision, r.batch, r.position, r.split, c.split
 FROM reversals r LEFT JOIN charge_lines c USING (partition, source, event_id, revision)
 WHERE r.partition = %(partition)s AND (source, event_id, revision) IN (

@@ -21,6 +21,7 @@ from services.ledger.domain.entries import (
     HoldPlaced,
     LotGranted,
     Noted,
+    Reversed,
     WalletOpened,
 )
 
@@ -149,13 +150,13 @@ class Laws:
         self._partition = partition
         self._caps = caps
 
-    def add(self, rows: Sequence[Row]) -> Charged | None:  # noqa: PLR0912 - one loop: it is what an audit's time goes to
-        """Add a transaction, whole; what it says of its charge lines, if it has any."""
+    def add(self, rows: Sequence[Row]) -> Charged | Reversed | None:  # noqa: PLR0912 - one loop: an audit's time goes here
+        """Add a transaction, whole; what it says of the charge lines that it took, or of the one that it gave back."""
         legs: dict[Any, int] = {}
         touched: dict[str, Row] = {}
         ended: dict[str, Row] = {}
         setting: Row | None = None
-        charged: Charged | None = None
+        told: Charged | Reversed | None = None
         taken: dict[tuple[str, str], Row] = {}
         caps = self._caps
         for row in rows:
@@ -169,8 +170,8 @@ class Laws:
             said = None
             if details is not None:
                 said = _decode_details(details)
-                if isinstance(said, Charged):
-                    charged = said
+                if isinstance(said, (Charged, Reversed)):
+                    told = said
                 elif isinstance(said, Noted) and posted < 0 and not said.forced and account[0] != "@":
                     taken[account, unit] = row
             if setting is not None and (kind not in _ASIDE or hold != setting[8]):
@@ -205,7 +206,7 @@ class Laws:
         place = derived_uuid7(recorded_at=first[13], partition=self._partition, batch=first[0], position=first[1])
         if first[2] != str(place):
             self._breach(first, f"its transaction {first[2]} is not the one that begins here")
-        return charged
+        return told
 
     def check_lines(self, rows: Sequence[Row], lines: Iterable[Line], *, required: bool = False) -> None:
         """The charge lines of the transaction that was added last say what its entries say, and might take what they
@@ -419,6 +420,19 @@ class Laws:
 
     def _breach(self, row: Row, what: str) -> None:
         self.breaches.append(Breach(row[0], row[1], what))
+
+
+def reversal_row(rows: Sequence[Row], told: Reversed) -> tuple[Any, ...]:
+    """What is to be recorded of a transaction that gives back a charge line: the columns of `reversals` after the
+    partition, with its id as text."""
+    given_back: dict[tuple[str, str, str], int] = {}
+    for row in rows:
+        if row[3] == "reversed" and row[6] is not None:
+            key = (row[4], row[5], row[6])
+            given_back[key] = given_back.get(key, 0) + row[9]
+    split = msgspec.json.encode([(*key, posted) for key, posted in given_back.items() if posted]).decode()
+    first = rows[0]
+    return told.source, told.event_id, told.revision, first[0], first[1], first[2], split, told.reason, first[13]
 
 
 def more_than_charged(split: str, reversals: Iterable[str]) -> Mapping[tuple[str, str, str], int]:

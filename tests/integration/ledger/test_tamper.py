@@ -366,12 +366,90 @@ BESIDE: Final = {
     "the command tester": (
         "UPDATE commands SET batch = batch + 1 WHERE idempotency_key = (SELECT min(idempotency_key) FROM commands)"
     ),
-    "the bundle 1 names transaction": "UPDATE bundles SET transaction_id = '01980000-0000-7000-8000-000000000000'",
+    "for bundle 1, which names transaction": (
+        "UPDATE bundles SET transaction_id = '01980000-0000-7000-8000-000000000000'"
+    ),
     "the reversal of demo/": "UPDATE reversals SET position = position + 100",
     "more than demo/": "UPDATE reversals SET split = replace(split, ',20]', ',45]')",
     "for bundle 2, which was not taken with it": "UPDATE bundles SET batch = batch - 1 WHERE number = 2",
     "which was not charged": "UPDATE reversals SET event_id = 'another'",
 }
+
+
+# Of the reversal that another than the last gave back, and of bundles: what is named, and where.
+REVERSAL: Final = (
+    "(batch, position) = (SELECT batch, position FROM reversals ORDER BY batch, position LIMIT 1 OFFSET 1)"
+)
+REVERSAL_COLUMNS: Final = {
+    "source": "'other'",
+    "event_id": "'another'",
+    "revision": "7",
+    "batch": "batch + 1",
+    "position": "position + 1",
+    "transaction_id": "'01980000-0000-7000-8000-000000000000'",
+    "split": "replace(split, ',10]', ',9]')",
+    "reason": "'nobody said so'",
+    "recorded_at": "recorded_at + interval '1 microsecond'",
+}
+
+
+def test_a_changed_reversal_is_named_whatever_column_it_is(history: History) -> None:
+    for column, value in REVERSAL_COLUMNS.items():
+        with history.tampering() as superuser:
+            place = one(superuser, f"SELECT batch, position FROM reversals WHERE {REVERSAL}")
+            assert superuser.execute(f"UPDATE reversals SET {column} = {value} WHERE {REVERSAL}").rowcount == 1
+            found = history.audited()
+        assert tuple(place) in places(found), f"{column}: {said(found)}"
+        assert "and that is not what is recorded" in said(found), column
+    assert history.audited().is_clean
+
+
+def test_a_deleted_reversal_is_named(history: History) -> None:
+    with history.tampering() as superuser:
+        place = one(superuser, f"SELECT batch, position FROM reversals WHERE {REVERSAL}")
+        superuser.execute(f"DELETE FROM reversals WHERE {REVERSAL}")
+        found = history.audited()
+    assert places(found) == {tuple(place)}
+    assert "and that is not what is recorded" in said(found)
+
+
+def test_an_added_reversal_is_named(history: History) -> None:
+    """Of a line of which nothing was given back, in a transaction that was about another, or about none."""
+    for position in ("position", "position + 1"):
+        with history.tampering() as superuser:
+            batch = one(superuser, f"SELECT batch FROM reversals WHERE {REVERSAL}")
+            superuser.execute(
+                f"INSERT INTO reversals SELECT partition, source, 'event-4', revision, batch, {position},"
+                f" transaction_id, '[]', reason, recorded_at FROM reversals WHERE {REVERSAL}"
+            )
+            found = history.audited()
+        assert {finding.batch for finding in found.findings} == {batch}
+        assert "the reversal of demo/event-4/0" in said(found), said(found)
+
+
+BUNDLE_1: Final = (
+    "DELETE FROM bundles WHERE number = 1",
+    "UPDATE bundles SET number = 9 WHERE number = 1",
+    "UPDATE bundles SET transaction_id = NULL WHERE number = 1",
+    (
+        "UPDATE bundles SET batch = 1, transaction_id = (SELECT transaction_id FROM commands WHERE batch = 1 LIMIT 1)"
+        " WHERE number = 1"
+    ),
+)
+
+
+def test_a_bundle_is_that_of_the_transaction_that_names_it(history: History) -> None:
+    for statement in BUNDLE_1:
+        with history.tampering() as superuser:
+            place = one(
+                superuser,
+                "SELECT j.batch, min(position) FROM journal j JOIN bundles USING (transaction_id)"
+                " WHERE number = 1 GROUP BY 1",
+            )
+            assert superuser.execute(statement).rowcount == 1
+            found = history.audited()
+        assert tuple(place) in places(found), said(found)
+        assert "it was done for bundle 1" in said(found), said(found)
 
 
 @pytest.mark.parametrize("what", BESIDE)
