@@ -6,6 +6,7 @@ Shares no code with `evolve` and the decisions, on purpose: an overspend would b
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -62,11 +63,15 @@ class Line(NamedTuple):
     occurred_at: datetime
     hold: str | None
     scope: str
-    split: str
 
     @property
     def event(self) -> str:
         return f"{self.source}/{self.event_id}"
+
+
+# Of a charge line's row: partition, source, event id, revision, account, occurred_at, hold, scope, price version,
+# own key, amounts, split; whatever follows is not looked at.
+_line_of: Final = itemgetter(1, 2, 4, 5, 6, 7)
 
 
 @dataclass(slots=True)
@@ -89,6 +94,11 @@ class KnownLot:
     @property
     def available(self) -> int:
         return self.posted - self.held - self.frozen
+
+    @property
+    def is_for_anything(self) -> bool:
+        """At any time, too."""
+        return self.scope is None and self.effective_at is None and self.expires_at is None
 
     def is_for(self, used: Scope | None) -> bool:
         return self.scope is None or self.scope.includes(used)
@@ -208,21 +218,28 @@ class Laws:
             self._breach(first, f"its transaction {first[2]} is not the one that begins here")
         return told
 
-    def check_lines(self, rows: Sequence[Row], lines: Iterable[Line], *, required: bool = False) -> None:
+    def check_lines(self, rows: Sequence[Row], lines: Iterable[Row], *, required: bool = False) -> None:
         """The charge lines of the transaction that was added last say what its entries say, and might take what they
         took; one that is `required` nothing that is not there."""
         taken: dict[tuple[str, str, str], list[int]] = {}
-        first = rows[0]
+        first, lots = rows[0], self.lots
         reversed_holds = {row[8] for row in rows if row[3] == "estimate_reversed"}
         for line in lines:
             if required and not reversed_holds:
-                self._check_debit(rows, line)
-            for account, unit, lot, _kind, posted, held in _decode_split(line.split):
-                sums = taken.setdefault((account, unit, lot), [0, 0])
-                sums[0] += posted
-                sums[1] += held
-                if posted < 0 and not held and line.hold not in reversed_holds:
-                    self._check_use(first, line, lot)
+                self._check_debit(rows, Line(*_line_of(line)))
+            is_reversed = line[6] in reversed_holds
+            for account, unit, lot, _kind, posted, held in _decode_split(line[11]):
+                key = (account, unit, lot)
+                sums = taken.get(key)
+                if sums is None:
+                    taken[key] = [posted, held]
+                else:
+                    sums[0] += posted
+                    sums[1] += held
+                if posted < 0 and not held and not is_reversed:
+                    known = lots.get(lot)
+                    if known is not None and not known.is_for_anything:
+                        self._check_use(first, Line(*_line_of(line)), known)
         for row in rows:
             if row[3] == "charged" and row[6] is not None:
                 sums = taken.setdefault((row[4], row[5], row[6]), [0, 0])
@@ -378,23 +395,22 @@ class Laws:
             if row[6] is not None and (row[4], row[5]) == key and (lot := self.lots.get(row[6])) is not None:
                 wallet.lots[lot.id] = lot
 
-    def _check_use(self, first: Row, line: Line, lot_id: str) -> None:
+    def _check_use(self, first: Row, line: Line, lot: KnownLot) -> None:
         """What was not set aside for it a charge takes of lots that are valid then, or were when it occurred."""
-        lot = self.lots.get(lot_id)
-        if lot is None or lot.kind in PSEUDO_KINDS:
+        if lot.kind in PSEUDO_KINDS:
             return
         recorded_at = first[13]
         hold = None if line.hold is None else self.holds.get(line.hold)
         if lot.scope is not None and not lot.is_for(self._used(line, hold)):
-            self._breach(first, f"{line.event} is charged to lot {lot_id}, which is for another use")
+            self._breach(first, f"{line.event} is charged to lot {lot.id}, which is for another use")
         at = self._paid_at(line, hold, lot.unit, recorded_at)
-        is_earmarked = hold is not None and lot_id in hold.earmarks
+        is_earmarked = hold is not None and lot.id in hold.earmarks
         if not lot.has_ended(recorded_at):
             if not lot.has_started(at) and not is_earmarked:
-                self._breach(first, f"{line.event} is charged to lot {lot_id} before it begins")
+                self._breach(first, f"{line.event} is charged to lot {lot.id} before it begins")
             return
         if not self._is_in_grace(lot, line, hold, at, recorded_at):
-            self._breach(first, f"{line.event} is charged to lot {lot_id} after it has ended")
+            self._breach(first, f"{line.event} is charged to lot {lot.id} after it has ended")
 
     def _used(self, line: Line, hold: KnownHold | None) -> Scope | None:
         used = _decode_scope(line.scope)

@@ -14,6 +14,7 @@ from services.kit.dead_letters import Letter
 from services.kit.outbox import OutboxRow
 from services.kit.telemetry import REGISTRY
 from services.ledger.domain.alerts import decide_alerts
+from services.ledger.domain.chain import lines_hash
 from services.ledger.domain.charging import decide_charge
 from services.ledger.domain.commands import (
     CatchUp,
@@ -61,7 +62,6 @@ from services.ledger.translate import (
     amounts_text,
     facts_of,
     full_id,
-    lines_hash,
     outbox_row,
     problem_rows,
     refusal_text,

@@ -21,7 +21,7 @@ from services.ledger.translate.facts import (
 from services.ledger.translate.outcomes import accepted, full_id, refusal_text, refused, refused_as
 from services.ledger.translate.payments import read_payment_fact
 from services.ledger.translate.problems import Invalid, Problem, model_problems, problem_rows
-from services.ledger.translate.stored import amounts_text, lines_hash, scope_text, split_text
+from services.ledger.translate.stored import amounts_text, scope_text, split_text
 
 __all__ = [
     "WHEN_RECORDED",
@@ -38,7 +38,6 @@ __all__ = [
     "facts_of",
     "full_id",
     "heads_signed_row",
-    "lines_hash",
     "model_problems",
     "outbox_row",
     "problem_rows",

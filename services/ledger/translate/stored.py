@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from hashlib import sha256
 from typing import Final
 
 import msgspec
@@ -33,8 +32,3 @@ def split_text(moves: Iterable[Move]) -> str:
             if move.kind == "charged" and move.lot is not None
         ]
     ).decode()
-
-
-def lines_hash(rows: Sequence[Sequence[object]]) -> str:
-    """SHA-256, in hex, over rows of charge_lines as JSON arrays: it ties them to the entry that carries it."""
-    return sha256(canonical_json(rows)).hexdigest()

@@ -15,12 +15,12 @@ from services.ledger.audit import (
     Audited,
     Evidence,
     EvidenceUnreadable,
-    Reached,
     audit,
     read_evidence,
     read_published,
     write_evidence,
 )
+from services.ledger.audit_partition import Reached
 from services.ledger.audit_sql import audit as audit_tables
 from services.ledger.domain import charging
 from services.ledger.domain.commands import Grant, OpenAccount, WalletTerms

@@ -12,7 +12,8 @@ from psycopg import Connection
 from psycopg.rows import TupleRow
 
 from contracts.partition import partition_of
-from services.ledger.audit import Audited, Evidence, Finding, audit
+from services.ledger.audit import Audited, Evidence, audit
+from services.ledger.audit_partition import Finding
 from services.ledger.domain.chain import GENESIS, columns_hash
 from services.ledger.domain.commands import Adjust, ClaimPayment, Grant, Leg, PlaceHold, ReleaseHold, ReverseCharge
 from services.ledger.signing import Signer, new_key, signer

@@ -39,7 +39,7 @@ from services.ledger.domain.due import decide_due, next_due
 from services.ledger.domain.entries import Charged, Details, Entry, Move, is_contra, payment_of
 from services.ledger.domain.errors import AlreadyCharged, ChargeDiffers, Refusal
 from services.ledger.domain.evolve import evolve
-from services.ledger.domain.laws import Breach, Laws, Line
+from services.ledger.domain.laws import Breach, Laws
 from services.ledger.domain.overdue import decide_overdue, in_order, overdue, overdue_on
 from services.ledger.domain.state import NEVER, Hold, PartitionState, PastLine, Wallet
 from services.ledger.projections import Row, add_rows, changed_rows, lot_of
@@ -113,7 +113,7 @@ class _Noted:
     charged: dict[LineKey, PastLine] = field(default_factory=dict)
     given_back: list[tuple[LineKey, dict[tuple[str, str, str], int]]] = field(default_factory=list)
     # By transaction, as an audit reads them.
-    lines: list[tuple[str, Line]] = field(default_factory=list)
+    lines: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
 
 
 class Book:
@@ -131,7 +131,7 @@ class Book:
         self.tables: Tables = {table.name: {} for table in tables.PROJECTIONS}
         self.lines: dict[LineKey, PastLine] = {}
         self.contents: dict[LineKey, tuple[object, ...]] = {}
-        self.charged: dict[str, list[Line]] = {}
+        self.charged: dict[str, list[tuple[Any, ...]]] = {}
         self.head = Head(
             partition=PARTITION,
             epoch=1,
@@ -285,9 +285,9 @@ class Book:
         laws = Laws(PARTITION, caps={unit.name for unit in self.units.by_name.values() if unit.kind == "cap"})
         for transaction, recorded in itertools.groupby(self.journal, key=lambda each: each.entry.transaction):
             rows = [(*_row(each.entry), each.details) for each in recorded]
-            charged = laws.add(rows)
-            if charged is not None:
-                laws.check_lines(rows, self.charged.get(transaction, ()), required=charged.required)
+            told = laws.add(rows)
+            if isinstance(told, Charged):
+                laws.check_lines(rows, self.charged.get(transaction, ()), required=told.required)
         return laws.breaches
 
     @property
@@ -425,8 +425,9 @@ class Book:
             key = (command.source, command.event_id, command.revision)
             hold = draft.state.holds.get(command.hold or "")
             scope = hold.scope if command.scope is None and hold is not None else command.scope
-            about = (command.account, command.occurred_at, command.hold, scope_text(scope), split_text(moves))
-            self._noted.lines.append((transaction.id, Line(command.source, command.event_id, *about)))
+            about = (command.account, command.occurred_at, command.hold, scope_text(scope))
+            row = (PARTITION, *key, *about, command.price_version, command.own_key, "[]", split_text(moves))
+            self._noted.lines.append((transaction.id, row))
             taken = PastLine(
                 source=command.source,
                 event_id=command.event_id,

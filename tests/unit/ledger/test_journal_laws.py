@@ -10,7 +10,7 @@ from contracts.ids import derived_uuid7
 from services.ledger.domain.chain import details_text
 from services.ledger.domain.commands import LotScope, Scope
 from services.ledger.domain.entries import Charged, HoldExtended, HoldPlaced, LotGranted, Noted, WalletOpened
-from services.ledger.domain.laws import Breach, Laws, Line, more_than_charged
+from services.ledger.domain.laws import Breach, Laws, more_than_charged
 from tests.unit.ledger.book import BEGIN, PARTITION
 
 HOUR: Final = timedelta(hours=1)
@@ -119,7 +119,7 @@ class Journal:
         ]
         text = msgspec.json.encode(split).decode()
         scope_text = msgspec.json.encode(scope).decode()
-        line = Line("demo", "1", "acme", self.now - ago, hold, scope_text, text)
+        line = (PARTITION, "demo", "1", 0, "acme", self.now - ago, hold, scope_text, "v1", False, "[]", text)
         self.laws.check_lines(self.rows, [line], required=required)
         return self
 
