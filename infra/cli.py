@@ -1,65 +1,71 @@
-"""The `scrip` command: composes the modules of infra/commands, and shows an error of ours as one sentence."""
+"""The `scrip` command: composes the modules of infra/commands, and shows an error of ours as one sentence.
+
+Imports the module of the command that was asked for and no other: they import all services between them.
+"""
 
 import os
 import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Final
 
 import typer
 from rich.console import Console
 
-from infra.commands import (
-    aliases,
-    corrections,
-    dead_letters,
-    demo,
-    evidence,
-    keyring,
-    ledger,
-    meters,
-    prices,
-    stack,
-    story,
-    usage,
-)
 from infra.errors import StackError
 
 DEBUG_VARIABLE: Final = "SCRIP_DEBUG"
 
-COMMANDS: Final = (
-    stack,
-    demo,
-    story,
-    ledger,
-    evidence,
-    dead_letters,
-    prices,
-    meters,
-    usage,
-    aliases,
-    corrections,
-    keyring,
-)
+# In the order in which they are listed.
+COMMANDS: Final[Mapping[str, Sequence[str]]] = {
+    "stack": ("up", "status", "migrate", "provision", "clean"),
+    "demo": ("demo",),
+    "story": ("story",),
+    "ledger": (
+        *("account", "grant", "balance", "statement", "transaction", "charge", "holds", "totals", "tree", "limits"),
+        "export",
+    ),
+    "evidence": ("replay", "audit", "journal"),
+    "dead_letters": ("dead-letters",),
+    "prices": ("prices",),
+    "meters": ("meters",),
+    "usage": ("usage",),
+    "aliases": ("alias",),
+    "corrections": ("corrections",),
+    "keyring": ("keyring",),
+}
 
-app = typer.Typer(
-    name="scrip",
-    help="Scrip on this machine: run it, look into it, operate it.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-for module in COMMANDS:
-    module.register(app)
+
+def app_for(arguments: Sequence[str]) -> typer.Typer:
+    """The command line for arguments: with the commands of one module, or with all if it is none of them."""
+    app = typer.Typer(
+        name="scrip",
+        help="Scrip on this machine: run it, look into it, operate it.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    # With a callback a command has a name, even if it is the only one.
+    app.callback()(_scrip)
+    asked = [module for module, commands in COMMANDS.items() if arguments and arguments[0] in commands]
+    for module in asked or COMMANDS:
+        import_module(f"infra.commands.{module}").register(app)
+    return app
 
 
 def main() -> None:
     """The entry point."""
     try:
-        app(prog_name="scrip")
+        app_for(sys.argv[1:])(prog_name="scrip")
     except StackError as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
         Console(stderr=True).print(f"scrip: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+def _scrip() -> None:
+    pass
 
 
 if __name__ == "__main__":

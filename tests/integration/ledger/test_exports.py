@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from contracts import ledger as words
-from infra.cli import app as scrip
+from infra.cli import app_for
 from infra.commands import ledger as commands
 from infra.errors import StackError
 from services.kit.ids import new_hold_id
@@ -161,7 +161,7 @@ def test_scrip_writes_an_export_in_the_format_it_is_told(tmp_path: Path, monkeyp
     monkeypatch.setattr(commands, "ServiceApi", Answering)
     file = tmp_path / "journal.parquet"
     for arguments in (["--format", "parquet", "--to", str(file)], ["--below"]):
-        result = CliRunner().invoke(scrip, ["export", "acme", *arguments])
+        result = CliRunner().invoke(app_for(()), ["export", "acme", *arguments])
         assert result.exit_code == 0, result.output
     assert file.read_bytes() == b"PAR1"
     assert [(each["format"], each["below"]) for each in asked] == [("parquet", "false"), ("csv", "true")]
@@ -179,6 +179,6 @@ def test_of_an_export_that_was_cut_off_no_part_is_left(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(commands, "ServiceApi", CutOff)
     file = tmp_path / "journal.csv"
-    result = CliRunner().invoke(scrip, ["export", "acme", "--to", str(file)])
+    result = CliRunner().invoke(app_for(()), ["export", "acme", "--to", str(file)])
     assert isinstance(result.exception, StackError)
     assert not file.exists()

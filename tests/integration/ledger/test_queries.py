@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from contracts import ledger as words
 from contracts.money import Unit
-from infra.cli import app as scrip
+from infra.cli import app_for
 from infra.commands import ledger as commands
 from services.kit.database import open_pool
 from services.kit.http import Readiness, build_app
@@ -644,7 +644,7 @@ async def test_what_was_commanded_is_read_over_http_with_its_causes_and_shown_by
         (["totals", "acme"], "granted"),
         (["tree", "acme"], "acme/key"),
     ):
-        result = CliRunner().invoke(scrip, arguments, env={"COLUMNS": "200"})
+        result = CliRunner().invoke(app_for(()), arguments, env={"COLUMNS": "200"})
         assert result.exit_code == 0, result.output
         assert shown in result.output
 
