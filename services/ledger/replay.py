@@ -1,15 +1,17 @@
 """Replay: every projection is rebuilt from the journal into the schema ledger_shadow and compared with the live one.
 
-Set-wise, by several readers of one snapshot, so that it may run while the service works; or entry by entry with the
-`evolve` of the service itself: both must come to the same bytes. A swap puts what was rebuilt in place of what is live.
+Set-wise, by workers that share the partitions and see one moment, so that it may run while the service works; or entry
+by entry with the `evolve` of the service itself: both must come to the same bytes. A swap puts what was rebuilt in
+place of what is live.
 """
 
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, LiteralString
+from typing import Any, Final, LiteralString, TypeVar
 
 import msgspec
 import psycopg
@@ -18,6 +20,7 @@ from psycopg.rows import TupleRow
 from pydantic import SecretStr
 from sqlalchemy import Table
 
+from contracts.partition import PARTITION_COUNT
 from services.ledger import replay_sql, tables
 from services.ledger.domain.commands import Rule
 from services.ledger.domain.entries import Details, Entry
@@ -30,10 +33,11 @@ LIVE: Final = "ledger"
 SHADOW: Final = "ledger_shadow"
 DIFFERENCES_SHOWN_MAX: Final = 5
 FETCH_ROWS: Final = 20_000
-READERS: Final = 2
+WORKERS: Final = 2
 # Longer than an owner goes without looking at its leases, shorter than a caller waits for an owner.
 DEPOSED_SECONDS: Final = 4
-# What a reader sums at once, in pages of the journal: enough that groups are few, and that progress is seen.
+# What is summed at once, in pages of the journal: enough that groups are few, and that progress is seen.
+PARTS_MIN: Final = 4
 PAGES_MAX: Final = 4_096
 PAGES_MIN: Final = 128
 
@@ -42,7 +46,8 @@ _decode_rule: Final = msgspec.json.Decoder(Rule).decode
 _encode: Final = msgspec.json.Encoder(order="sorted").encode
 
 Progress = Callable[[int, int], None]
-# A part of the journal: its number, and the row addresses where it begins and ends.
+T = TypeVar("T")
+# A part of the journal: the row addresses where it begins and ends, and of which partitions.
 _Range = dict[str, Any]
 
 
@@ -98,25 +103,32 @@ def replay(
     and what they remember. Readers see the tables as they were or as they are then, nothing in between.
     """
     with _connect(owner_url) as connection:
-        if swap:
-            # The first statement: what is waited for is in the snapshot, which the next one takes.
-            connection.execute("LOCK TABLE ledger.heads IN EXCLUSIVE MODE")
         _make_shadow(connection)
-        total = _count(connection)
+        if swap:
+            # Nothing is committed from here on, but by workers, which has to be seen.
+            connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+            connection.execute("LOCK TABLE ledger.heads IN EXCLUSIVE MODE")
+        sizes = _sizes(connection)
+        total = sum(sizes.values())
         started = time.monotonic()
         if by_evolve:
             _rebuild_by_evolve(connection, lambda done: on_progress(done, total))
+            seconds = time.monotonic() - started
+            compared = _compare(connection, 0, PARTITION_COUNT - 1)
         else:
-            _rebuild(connection, owner_url, total, on_progress)
-        seconds = time.monotonic() - started
+            with _working(connection, owner_url, _shares(sizes), _Progress(total, on_progress)) as workers:
+                _all(workers, _Worker.rebuild)
+                seconds = time.monotonic() - started
+                compared = _put_together(_all(workers, _Worker.compare))
         on_progress(total, total)
-        compared = tuple(_compare(connection, table) for table in tables.PROJECTIONS)
         astray = tuple(_heads_astray(connection))
         if swap:
             for table, found in zip(tables.PROJECTIONS, compared, strict=True):
                 if found.different:
                     _replace(connection, table)
             _depose_owners(connection, owner_url)
+        for name in replay_sql.PART_NAMES:
+            connection.execute(sql.SQL("DROP TABLE {}").format(sql.Identifier(SHADOW, name)))
     return Replayed(total, seconds, compared, astray, swap)
 
 
@@ -132,50 +144,151 @@ def _connect(url: SecretStr) -> Connection[TupleRow]:
 
 
 def _make_shadow(connection: Connection[TupleRow]) -> None:
+    """An empty shadow, committed, of which nobody else makes another until this connection is closed."""
+    connection.execute("SELECT pg_advisory_lock(hashtext('ledger replay'))")
+    connection.commit()
     if connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = %s", [SHADOW]).fetchone() is None:
         try:
             connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(SHADOW)))
         except psycopg.errors.InsufficientPrivilege as error:
             raise ShadowMissing(f"there is no schema {SHADOW}, and this role may not create it") from error
+    for name in (*replay_sql.PART_NAMES, *(table.name for table in tables.PROJECTIONS)):
+        connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(sql.Identifier(SHADOW, name)))
     for table in tables.PROJECTIONS:
-        names = {"shadow": sql.Identifier(SHADOW, table.name), "live": sql.Identifier(LIVE, table.name)}
-        connection.execute(sql.SQL("DROP TABLE IF EXISTS {shadow}").format(**names))
-        connection.execute(sql.SQL("CREATE UNLOGGED TABLE {shadow} (LIKE {live})").format(**names))
+        connection.execute(sql.SQL("CREATE UNLOGGED TABLE {shadow} (LIKE {live})").format(**_names(table)))
+    for statement in replay_sql.PARTS:
+        connection.execute(statement)
+    connection.commit()
 
 
 # Set-wise -------------------------------------------------------------------------------------------------------------
 
 
-def _rebuild(connection: Connection[TupleRow], owner_url: SecretStr, total: int, on_progress: Progress) -> None:
-    """Several readers sum parts of the journal; what they find is put together here, in the only writing connection."""
+def _shares(sizes: Mapping[int, int]) -> list[tuple[int, int]]:
+    """The partitions, first and last, of each worker: about as many entries for one as for another."""
+    total, done = sum(sizes.values()), 0
+    ends: list[int] = []
+    for partition in range(PARTITION_COUNT):
+        done += sizes.get(partition, 0)
+        if done * WORKERS >= total * (len(ends) + 1) and len(ends) < WORKERS - 1:
+            ends.append(partition)
+    begins = [0, *(end + 1 for end in ends)]
+    return list(zip(begins, [*ends, PARTITION_COUNT - 1], strict=True))
+
+
+@dataclass(slots=True)
+class _Progress:
+    """How much of the journal has been read, by all workers."""
+
+    total: int
+    on_progress: Progress
+    parts: int = 0
+    done: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def advance(self) -> None:
+        with self.lock:
+            self.done += 1
+            self.on_progress(self.total * self.done // self.parts, self.total)
+
+
+class _Worker:
+    """A connection that rebuilds some partitions, as another sees them, and compares. Its rows are its own."""
+
+    def __init__(
+        self, url: SecretStr, snapshot: str, share: tuple[int, int], ranges: Sequence[_Range], progress: _Progress
+    ) -> None:
+        self.connection = _connect(url)
+        self.connection.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot)))
+        self._first, self._last = share
+        self._ranges = [{**each, "first": self._first, "last": self._last} for each in ranges]
+        self._progress = progress
+
+    def rebuild(self) -> None:
+        """All projections of its partitions."""
+        # How many rows a sum has the planner cannot know. Were it to guess, it would look each up among all others, or
+        # sort the journal.
+        self._execute("SET LOCAL enable_nestloop = off")
+        self._execute("SET LOCAL enable_mergejoin = off")
+        self._read(replay_sql.SCANS)
+        self._execute(replay_sql.LAST_IN)
+        self._read(replay_sql.SCANS_OF_LOTS)
+        for statement in replay_sql.LOT_SUMS:
+            self._execute(statement)
+        for statement in replay_sql.STEPS:
+            self._execute(statement)
+        _end_rules(self.connection)
+        _fold_claimed_payments(self.connection)
+        _note_renewals(self.connection)
+        self._execute(replay_sql.ACCOUNTS)
+
+    def compare(self) -> tuple[Compared, ...]:
+        """What it rebuilt with what is live. Others may see it then."""
+        compared = _compare(self.connection, self._first, self._last)
+        self.connection.commit()
+        return compared
+
+    def _read(self, scans: Mapping[str, str]) -> None:
+        for part in self._ranges:
+            for table, statement in scans.items():
+                self._execute(f"INSERT INTO {table} {statement}", part)
+            self._progress.advance()
+
+    def _execute(self, statement: str, parameters: _Range | None = None) -> None:
+        # Parameters are put into the text: what is planned knows them, and a utility statement may have them.
+        self.connection.execute(sql.SQL(statement), parameters)
+
+
+@contextmanager
+def _working(
+    connection: Connection[TupleRow], owner_url: SecretStr, shares: Sequence[tuple[int, int]], progress: _Progress
+) -> Iterator[list[_Worker]]:
+    """Workers who see what a connection sees. Whoever leaves early stops them."""
     _check_places(connection)
-    for statement in replay_sql.PARTS:
-        connection.execute(statement)
     snapshot = str(_value(connection, "SELECT pg_export_snapshot()"))
-    pages = int(_value(connection, "SELECT pg_relation_size('journal') / current_setting('block_size')::int"))
-    ranges = _ranges(pages)
-    progress = _Shared(total, len(ranges), on_progress)
-    readers = [_Reader(owner_url, snapshot, connection, progress) for _ in range(READERS)]
+    ranges = _ranges(int(_value(connection, "SELECT pg_relation_size('journal') / current_setting('block_size')::int")))
+    progress.parts = 2 * len(ranges) * len(shares)
+    workers = [_Worker(owner_url, snapshot, share, ranges, progress) for share in shares]
     try:
-        _read_all(readers, ranges)
+        yield workers
     finally:
-        for reader in readers:
-            reader.close()
-    _analyze(connection, replay_sql.PART_NAMES)
-    for statement in replay_sql.LOT_SUMS:
-        connection.execute(statement)
-    _look_again(connection, ranges)
-    # How many rows a sum has the planner cannot know; were it to guess one, it would look each up among all others.
-    connection.execute("SET LOCAL enable_nestloop = off")
-    for statement in replay_sql.STEPS:
-        connection.execute(statement)
-    _end_rules(connection)
-    _fold_claimed_payments(connection)
-    _note_renewals(connection)
-    connection.execute(replay_sql.ACCOUNTS)
-    connection.execute("SET LOCAL enable_nestloop = on")
-    for name in (*replay_sql.PART_NAMES, *replay_sql.MADE_NAMES):
-        connection.execute(sql.SQL("DROP TABLE {}").format(sql.Identifier(SHADOW, name)))
+        for worker in workers:
+            worker.connection.close()
+
+
+def _all(workers: Sequence[_Worker], work: Callable[[_Worker], T]) -> list[T]:
+    """Have all workers do something at the same time."""
+    with ThreadPoolExecutor(len(workers)) as pool:
+        doing = [pool.submit(work, worker) for worker in workers]
+        try:
+            return [each.result() for each in doing]
+        except BaseException:
+            for worker in workers:
+                worker.connection.cancel_safe()
+            raise
+
+
+def _put_together(found: Sequence[tuple[Compared, ...]]) -> tuple[Compared, ...]:
+    """What all workers found, table by table."""
+    return tuple(
+        Compared(
+            of_table[0].table,
+            sum(each.live for each in of_table),
+            sum(each.replayed for each in of_table),
+            sum(each.different for each in of_table),
+            tuple(
+                sorted((line for each in of_table for line in each.first_differences), key=_by_row)[
+                    :DIFFERENCES_SHOWN_MAX
+                ]
+            ),
+        )
+        for of_table in zip(*found, strict=True)
+    )
+
+
+def _by_row(difference: str) -> tuple[str, str]:
+    """What is live of a row stands beside what was replayed of it."""
+    return difference[difference.index(":") :], difference
 
 
 def _check_places(connection: Connection[TupleRow]) -> None:
@@ -186,90 +299,9 @@ def _check_places(connection: Connection[TupleRow]) -> None:
 
 def _ranges(pages: int) -> list[_Range]:
     """The journal in parts, as ranges of row addresses."""
-    step = min(max(pages // (READERS * 8), PAGES_MIN), PAGES_MAX)
+    step = min(max(pages // PARTS_MIN, PAGES_MIN), PAGES_MAX)
     begins = range(0, max(pages, 1), step)
-    return [{"part": part, "begin": f"({begin},0)", "end": f"({begin + step},0)"} for part, begin in enumerate(begins)]
-
-
-@dataclass(slots=True)
-class _Shared:
-    """How much of the journal has been read, by all readers."""
-
-    total: int
-    parts: int
-    on_progress: Progress
-    done: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def advance(self) -> None:
-        with self.lock:
-            self.done += 1
-            self.on_progress(self.total * self.done // self.parts, self.total)
-
-
-class _Reader:
-    """A connection that sums parts of the journal as another sees it, and hands what it found to that one."""
-
-    def __init__(self, url: SecretStr, snapshot: str, writer: Connection[TupleRow], progress: _Shared) -> None:
-        self._connection = _connect(url)
-        self._connection.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot)))
-        self._writer = writer
-        self._progress = progress
-
-    def read(self, part: _Range) -> None:
-        """Sum a part."""
-        for table, statement in replay_sql.SCANS.items():
-            rows = _copy_out(self._connection, statement, part)
-            with self._progress.lock:
-                _copy_in(self._writer, table, rows)
-        self._progress.advance()
-
-    def close(self) -> None:
-        self._connection.rollback()
-        self._connection.close()
-
-
-def _read_all(readers: Sequence[_Reader], ranges: Sequence[_Range]) -> None:
-    """Have readers sum all parts, each the next one when it is done with the last."""
-    todo, lock = iter(ranges), threading.Lock()
-
-    def work(reader: _Reader) -> None:
-        while True:
-            with lock:
-                part = next(todo, None)
-            if part is None:
-                return
-            reader.read(part)
-
-    with ThreadPoolExecutor(len(readers)) as pool:
-        for done in [pool.submit(work, reader) for reader in readers]:
-            done.result()
-
-
-def _look_again(connection: Connection[TupleRow], ranges: Sequence[_Range]) -> None:
-    """At the parts in which something last came in to a wallet that is used before and after."""
-    for statement in replay_sql.FULL:
-        connection.execute(statement)
-    for (part,) in connection.execute(replay_sql.PARTS_TO_LOOK_AT_AGAIN).fetchall():
-        connection.execute(sql.SQL(replay_sql.FULL_OF_PART), ranges[part])
-
-
-def _copy_out(connection: Connection[TupleRow], query: str, part: _Range) -> bytes:
-    with connection.cursor() as cursor:
-        statement = sql.SQL("COPY ({}) TO STDOUT (FORMAT binary)").format(sql.SQL(query))
-        with cursor.copy(statement, part) as copy:
-            return b"".join(bytes(block) for block in copy)
-
-
-def _copy_in(connection: Connection[TupleRow], table: str, rows: bytes) -> None:
-    statement = sql.SQL("COPY {} FROM STDIN (FORMAT binary)").format(sql.Identifier(SHADOW, table))
-    with connection.cursor() as cursor, cursor.copy(statement) as copy:
-        copy.write(rows)
-
-
-def _analyze(connection: Connection[TupleRow], names: Iterable[str]) -> None:
-    for name in names:
-        connection.execute(sql.SQL("ANALYZE {}").format(sql.Identifier(SHADOW, name)))
+    return [{"begin": f"({begin},0)", "end": f"({begin + step},0)"} for begin in begins]
 
 
 def _end_rules(connection: Connection[TupleRow]) -> None:
@@ -287,7 +319,6 @@ def _end_rules(connection: Connection[TupleRow]) -> None:
 
 def _note_renewals(connection: Connection[TupleRow]) -> None:
     """Say when rules are renewed next: only the service's own calendar knows."""
-    connection.execute(replay_sql.RENEWALS)
 
     def renewals() -> Iterator[Row]:
         for partition, account, text, next_period in connection.execute(replay_sql.RENEWING).fetchall():
@@ -428,24 +459,34 @@ def _copy_rows(connection: Connection[TupleRow], table: str, columns: Sequence[s
 # Comparing and swapping -----------------------------------------------------------------------------------------------
 
 
-def _compare(connection: Connection[TupleRow], table: Table) -> Compared:
-    """Every byte of every row."""
+def _compare(connection: Connection[TupleRow], first: int, last: int) -> tuple[Compared, ...]:
+    """Every byte of every row of some partitions."""
+    return tuple(_compare_table(connection, table, first, last) for table in tables.PROJECTIONS)
+
+
+def _compare_table(connection: Connection[TupleRow], table: Table, first: int, last: int) -> Compared:
     row: Any = connection.execute(
         sql.SQL(
             """
-            WITH differing AS (
-                SELECT l, s FROM {live} l FULL JOIN {shadow} s ON {same_key}
+            WITH live AS (
+                SELECT * FROM {live} WHERE partition BETWEEN {first} AND {last}
+            ), shadow AS (
+                SELECT * FROM {shadow} WHERE partition BETWEEN {first} AND {last}
+            ), differing AS (
+                SELECT l, s FROM live l FULL JOIN shadow s ON {same_key}
                 WHERE l.partition IS NULL OR s.partition IS NULL OR l.* *<> s.*
             ), lines AS (
                 SELECT 'only live: ' || l::text AS line FROM differing WHERE (l).partition IS NOT NULL
                 UNION ALL SELECT 'only replayed: ' || s::text FROM differing WHERE (s).partition IS NOT NULL
             )
-            SELECT (SELECT count(*) FROM {live}), (SELECT count(*) FROM {shadow}), (SELECT count(*) FROM differing),
+            SELECT (SELECT count(*) FROM live), (SELECT count(*) FROM shadow), (SELECT count(*) FROM differing),
                    (SELECT array_agg(line) FROM (
                        SELECT line FROM lines ORDER BY substr(line, strpos(line, ':')), line LIMIT {shown}
                    ) f)
             """
-        ).format(**_names(table), shown=sql.Literal(DIFFERENCES_SHOWN_MAX))
+        ).format(
+            **_names(table), first=sql.Literal(first), last=sql.Literal(last), shown=sql.Literal(DIFFERENCES_SHOWN_MAX)
+        )
     ).fetchone()
     return Compared(table.name, row[0], row[1], row[2], tuple(row[3] or ()))
 
@@ -505,8 +546,9 @@ def _heads_astray(connection: Connection[TupleRow]) -> Iterator[str]:
         yield f"partition {partition}: its head is at batch {batch}, its journal ends with batch {end}"
 
 
-def _count(connection: Connection[TupleRow]) -> int:
-    return int(_value(connection, "SELECT count(*) FROM journal"))
+def _sizes(connection: Connection[TupleRow]) -> dict[int, int]:
+    """How many entries each partition has."""
+    return dict(connection.execute("SELECT partition, count(*) FROM journal GROUP BY 1").fetchall())
 
 
 def _value(connection: Connection[TupleRow], statement: LiteralString) -> Any:

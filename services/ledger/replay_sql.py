@@ -1,7 +1,7 @@
 """The projections as sums over the journal, set-wise: statements that rebuild what `evolve` builds entry by entry.
 
-Each part of the journal is summed by itself (SCANS, by several readers), the sums are then put together (STEPS). Shares
-no code with `evolve`, on purpose: a replay by `evolve` has to come to the same bytes.
+A worker reads its partitions in two passes, each part of the journal by itself (SCANS, SCANS_OF_LOTS), and puts the
+sums together (STEPS). Shares no code with `evolve`, on purpose: a replay by `evolve` has to come to the same bytes.
 """
 
 from typing import Final, LiteralString
@@ -18,7 +18,8 @@ _SPECIAL_KINDS: Final = (
 )
 _ENDING_KINDS: Final = "'hold_released', 'hold_expired', 'hold_settled', 'hold_estimated', 'estimate_reversed'"
 
-# Tables that live for the length of a replay, in the shadow schema.
+# Tables that live for the length of a replay, in the shadow schema. All workers use them, each in a transaction of its
+# own: none sees a row of another's.
 PARTS: Final[tuple[LiteralString, ...]] = (
     """
     CREATE UNLOGGED TABLE part_special (
@@ -29,8 +30,7 @@ PARTS: Final[tuple[LiteralString, ...]] = (
     """,
     """
     CREATE UNLOGGED TABLE part_lots (
-        partition smallint, lot_id uuid, part integer, first bigint, last bigint, posted bigint, held bigint,
-        frozen bigint
+        partition smallint, lot_id uuid, first bigint, posted bigint, held bigint, frozen bigint, full_posted bigint
     )
     """,
     """
@@ -45,22 +45,32 @@ PARTS: Final[tuple[LiteralString, ...]] = (
         legs text, scope text, recorded_at timestamptz, transaction_id uuid, batch bigint, position integer
     )
     """,
+    """
+    CREATE UNLOGGED TABLE lots_summed (
+        partition smallint, lot_id uuid, first bigint, posted bigint, held bigint, frozen bigint, full_posted bigint
+    )
+    """,
+    """
+    CREATE UNLOGGED TABLE lot_sums (
+        partition smallint, lot_id uuid, first bigint, posted bigint, held bigint, frozen bigint, full_posted bigint,
+        account text, unit text, kind text, made_by text, posted_first bigint, occurred_at timestamptz,
+        recorded_at timestamptz, batch bigint, position integer, details json
+    )
+    """,
+    "CREATE UNLOGGED TABLE last_in (partition smallint, account text, unit text, at bigint)",
+    "CREATE UNLOGGED TABLE renewals (partition smallint, account text, due_at timestamptz)",
 )
-MADE_NAMES: Final = ("lots_summed", "lot_sums", "lots_full", "renewals")
-PART_NAMES: Final = ("part_special", "part_lots", "part_earmarks", "part_holds")
+PART_NAMES: Final = (
+    *("part_special", "part_lots", "part_earmarks", "part_holds", "last_in", "lots_summed", "lot_sums", "renewals"),
+)
 
-# What is read of a part of the journal, by the table it goes to: few entries as they are, and sums over all the others.
-_IN_PART: Final = "j.ctid >= %(begin)s::tid AND j.ctid < %(end)s::tid"
+# What is read of a part of the journal first, by the table it goes to: few entries as they are, sums over others.
+_IN_PART: Final = "j.ctid >= %(begin)s::tid AND j.ctid < %(end)s::tid AND j.partition BETWEEN %(first)s AND %(last)s"
 SCANS: Final = {
     "part_special": f"""
         SELECT j.partition, {_AT}, j.batch, j.position, j.transaction_id, j.kind, j.account, j.unit, j.lot_id,
                j.lot_kind, j.hold_id, j.posted, j.frozen, j.occurred_at, j.recorded_at, j.details::json
         FROM journal j WHERE {_IN_PART} AND j.kind IN ({_SPECIAL_KINDS}) AND left(j.account, 1) <> '@'
-        """,
-    "part_lots": f"""
-        SELECT j.partition, j.lot_id, %(part)s::integer, min({_AT}), max({_AT}), sum(j.posted)::bigint,
-               sum(j.held)::bigint, sum(j.frozen)::bigint
-        FROM journal j WHERE {_IN_PART} AND j.lot_id IS NOT NULL GROUP BY j.partition, j.lot_id
         """,
     "part_earmarks": f"""
         SELECT j.partition, j.hold_id, j.account, j.unit, j.lot_id,
@@ -89,16 +99,33 @@ SCANS: Final = {
         """,
 }
 
-# A lot is what its first entry says it is; most of those have been read already.
+# When something last came in to each wallet: `full_posted` is what its lots had then.
+LAST_IN: Final[LiteralString] = """
+INSERT INTO last_in
+SELECT partition, account, unit, max(at) FROM part_special
+WHERE kind IN ('lot_granted', 'transferred') AND details ->> 'type' = 'lot_granted' GROUP BY 1, 2, 3
+"""
+
+# What is read of a part of the journal then.
+SCANS_OF_LOTS: Final = {
+    "part_lots": f"""
+        SELECT j.partition, j.lot_id, min({_AT}), sum(j.posted)::bigint, sum(j.held)::bigint, sum(j.frozen)::bigint,
+               (sum(j.posted) FILTER (WHERE {_AT} <= w.at))::bigint
+        FROM journal j LEFT JOIN last_in w ON (w.partition, w.account, w.unit) = (j.partition, j.account, j.unit)
+        WHERE {_IN_PART} AND j.lot_id IS NOT NULL GROUP BY j.partition, j.lot_id
+        """,
+}
+
+# A lot is what its first entry says it is; most of those are here.
 LOT_SUMS: Final[tuple[LiteralString, ...]] = (
     """
-    CREATE UNLOGGED TABLE lots_summed AS
+    INSERT INTO lots_summed
     SELECT partition, lot_id, min(first) AS first, sum(posted)::bigint AS posted, sum(held)::bigint AS held,
-           sum(frozen)::bigint AS frozen
+           sum(frozen)::bigint AS frozen, sum(full_posted)::bigint AS full_posted
     FROM part_lots GROUP BY 1, 2
     """,
     """
-    CREATE UNLOGGED TABLE lot_sums AS
+    INSERT INTO lot_sums
     SELECT s.*, p.account, p.unit, p.lot_kind AS kind, p.kind AS made_by, p.posted AS posted_first, p.occurred_at,
            p.recorded_at, p.batch, p.position, p.details
     FROM lots_summed s JOIN part_special p ON (p.partition, p.at) = (s.partition, s.first)
@@ -106,44 +133,18 @@ LOT_SUMS: Final[tuple[LiteralString, ...]] = (
     """
     DELETE FROM lots_summed s USING lot_sums f WHERE (f.partition, f.lot_id) = (s.partition, s.lot_id)
     """,
-    "ANALYZE lots_summed",
+    # Few are left: each is looked up.
     """
     INSERT INTO lot_sums
     SELECT s.*, j.account, j.unit, j.lot_kind, j.kind, j.posted, j.occurred_at, j.recorded_at, j.batch, j.position,
            j.details::json
-    FROM lots_summed s JOIN journal j
-        ON j.partition = s.partition AND j.batch = s.first >> 22 AND j.position = (s.first & 4194303)::integer
+    FROM lots_summed s CROSS JOIN LATERAL (
+        SELECT * FROM journal
+        WHERE partition = s.partition AND batch = s.first >> 22 AND position = (s.first & 4194303)::integer
+        OFFSET 0
+    ) j
     """,
-    "ANALYZE lot_sums",
 )
-
-# `full_posted` of a wallet is what its lots had when something last came in. Sums of parts that end before then, or
-# begin after it, say so as they are; of the others those entries are looked at again: FULL_OF_PART.
-FULL: Final[tuple[LiteralString, ...]] = (
-    """
-    CREATE UNLOGGED TABLE lots_full AS
-    WITH last_in AS (
-        SELECT partition, account, unit, max(at) AS at FROM part_special
-        WHERE kind IN ('lot_granted', 'transferred') AND details ->> 'type' = 'lot_granted' GROUP BY 1, 2, 3
-    )
-    SELECT p.partition, p.lot_id, p.part, w.at, CASE WHEN p.last <= w.at THEN p.posted END AS posted
-    FROM lot_sums s JOIN last_in w USING (partition, account, unit)
-    JOIN part_lots p ON (p.partition, p.lot_id) = (s.partition, s.lot_id) AND p.first <= w.at
-    WHERE s.kind NOT IN ('overage', 'uncapped')
-    """,
-    "ANALYZE lots_full",
-)
-PARTS_TO_LOOK_AT_AGAIN: Final[LiteralString] = "SELECT DISTINCT part FROM lots_full WHERE posted IS NULL ORDER BY 1"
-FULL_OF_PART: Final = f"""
-UPDATE lots_full f SET posted = again.posted
-FROM (
-    SELECT j.partition, j.lot_id, sum(j.posted)::bigint AS posted
-    FROM journal j JOIN lots_full l ON (l.partition, l.lot_id) = (j.partition, j.lot_id)
-    WHERE {_IN_PART} AND l.part = %(part)s AND l.posted IS NULL AND {_AT} <= l.at
-    GROUP BY 1, 2
-) again
-WHERE (f.partition, f.lot_id, f.part) = (again.partition, again.lot_id, %(part)s)
-"""
 
 STEPS: Final[tuple[LiteralString, ...]] = (
     """
@@ -220,11 +221,8 @@ STEPS: Final[tuple[LiteralString, ...]] = (
                -sum(posted) FILTER (WHERE kind = 'uncapped') AS uncapped,
                -sum(posted) FILTER (WHERE kind = 'debt') AS owed,
                sum(held) FILTER (WHERE kind = 'debt') AS owing,
-               sum(full_posted) AS full_posted
-        FROM lot_sums LEFT JOIN (
-            SELECT partition, lot_id, sum(posted) AS full_posted FROM lots_full GROUP BY 1, 2
-        ) f USING (partition, lot_id)
-        GROUP BY 1, 2, 3
+               sum(full_posted) FILTER (WHERE kind NOT IN ('overage', 'uncapped')) AS full_posted
+        FROM lot_sums GROUP BY 1, 2, 3
     ), said AS (
         SELECT DISTINCT ON (partition, account, unit, level) partition, account, unit, at, level, is_low
         FROM (
@@ -398,7 +396,6 @@ ORDER BY s.partition, s.at
 RENEWING: Final[LiteralString] = """
 SELECT partition, account, rule, next_period FROM rules WHERE NOT ended
 """
-RENEWALS: Final[LiteralString] = "CREATE UNLOGGED TABLE renewals (partition smallint, account text, due_at timestamptz)"
 
 # Accounts, at last: when something is due is known from their lots and rules.
 ACCOUNTS: Final[LiteralString] = """
