@@ -264,6 +264,7 @@ def _in_processes(tasks: Sequence[Task], processes: int, on_progress: Callable[[
     finally:
         for each in children.values():
             each.terminate()
+            each.join()
     if len(results) != len(tasks):
         raise ProcessEnded(f"{len(results)} of {len(tasks)} partitions were audited")
     return results

@@ -30,6 +30,7 @@ LAYERS = (
     "translate",
     "store",
     "audit_sql",
+    "audit_partition",
     "replay_sql",
     "signing",
     "projections",

@@ -1,6 +1,7 @@
 """Laws of the audit: it finds nothing where nothing is wrong, from the beginning or since the last time."""
 
 import asyncio
+import multiprocessing
 import stat
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from services.ledger.audit import (
     Audited,
     Evidence,
     EvidenceUnreadable,
+    ProcessEnded,
     audit,
     read_evidence,
     read_published,
@@ -127,6 +129,29 @@ async def test_processes_share_the_partitions_and_tell_how_far_they_are(database
     assert told[-1] == (found.entries, found.entries)
     assert told == sorted(told)
     assert found.entries == audited(database).entries
+
+
+async def test_an_audit_of_which_a_process_is_killed_is_an_error(database: Database) -> None:
+    async with recording(database.url("ledger")) as recorder:
+        await recorder.open()
+
+    def kill(_done: int, _total: int) -> None:
+        """Told while both still begin."""
+        for child in multiprocessing.active_children()[:1]:
+            child.kill()
+
+    with pytest.raises(ProcessEnded, match="exit code -9"):
+        await asyncio.to_thread(audit, database.url("ledger"), keys=KEYS, caps=CAPS, processes=2, on_progress=kill)
+    assert not multiprocessing.active_children()
+
+
+async def test_an_error_in_a_process_is_one_of_the_audit(database: Database) -> None:
+    async with recording(database.url("ledger")) as recorder:
+        await recorder.open()
+    with psycopg.connect(database.superuser_url.get_secret_value(), autocommit=True) as superuser:
+        superuser.execute("ALTER TABLE ledger.signatures RENAME COLUMN key_id TO key")
+    with pytest.raises(psycopg.errors.UndefinedColumn):
+        await asyncio.to_thread(audit, database.url("ledger"), keys=KEYS, caps=CAPS, processes=2)
 
 
 async def test_a_ledger_in_which_nothing_happened_is_clean(database: Database) -> None:
