@@ -6,7 +6,7 @@ Loses nothing over reconnects, restarts of the server and lost requests, and nev
 import asyncio
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple
 
 import msgspec
@@ -15,7 +15,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-from services.kit.redelivery import retry_delay_seconds
+from services.kit.redelivery import place_of, retry_delay_seconds
 from services.kit.telemetry import FAULTS, MESSAGES, get_logger
 
 log = get_logger(__name__)
@@ -31,6 +31,14 @@ _FRESH_SHARE: Final = 0.5
 _GRACE_SECONDS: Final = 1.0
 _WATCHDOG_SECONDS: Final = 0.5
 _DRAIN_SECONDS: Final = 2.0
+# In turns, as much is read ahead as was handed out in the last so many seconds, within bounds. What is not handed out
+# in time has been read in vain.
+_AHEAD_SECONDS: Final = 2.5
+_AHEAD_BATCHES_MAX: Final = 5
+_AHEAD_BYTES_MIN: Final = 3 << 19
+_AHEAD_BYTES_MAX: Final = 4 << 20
+_ON_ITS_WAY_SECONDS: Final = 0.2
+_ON_ITS_WAY_GAP_SECONDS: Final = 0.01
 
 
 class PullReader:
@@ -38,6 +46,11 @@ class PullReader:
 
     Per durable up to `batch_size_max * 2` messages are on their way or buffered, in the order of the stream; a
     redelivery comes when it comes. The consumer's `ack_pending_max` must be at least four times `batch_size_max`.
+
+    With `turn_of`, what waits beyond a batch is handed out in turns, each of all that waits with the same answer to it:
+    a batch then has much of few kinds. For that up to `batch_size_max * 5` are read ahead, or some megabytes, if they
+    are handed out within seconds, and a batch waits for those that are on their way, a moment at most. While the stream
+    has no more than fits into a batch, all that is there is one, at once.
     """
 
     def __init__(
@@ -49,16 +62,25 @@ class PullReader:
         batch_size_max: int = 1000,
         expires_seconds: float = 5.0,
         linger_seconds: float = 0.0,
+        turn_of: Callable[[str], str] | None = None,
     ) -> None:
-        """`linger_seconds` (0 to 0.002) waits that long for a batch to fill up; 0 takes what is there."""
+        """`linger_seconds` (0 to 0.002) waits that long for a batch to fill up; 0 takes what is there.
+
+        `turn_of` is asked for each message's subject.
+        """
         self._client = client
         self._stream = stream
         self._batch_size_max = batch_size_max
         self._expires_seconds = expires_seconds
         self._linger_seconds = linger_seconds
+        self._turn_of = turn_of
         self._fresh_seconds = ack_wait_seconds * _FRESH_SHARE
         self._lanes: dict[str, _Lane] = {}
-        self._buffer: deque[_Delivery] = deque()
+        # What is buffered, by turn: first the one whose turn it is.
+        self._turns: dict[str, deque[_Delivery]] = {}
+        self._handed_out: deque[tuple[float, int]] = deque()
+        # Of a message, as they came lately.
+        self._bytes_mean = 1024.0
         self._wake = asyncio.Event()
         self._waits = True
         self._connection = client.stats["reconnects"]
@@ -100,9 +122,12 @@ class PullReader:
         draining.add_done_callback(self._drained)
         await asyncio.wait({draining}, timeout=_DRAIN_SECONDS)
         lane.removed = True
-        given_back = [delivery.message for delivery in self._buffer if delivery.lane is lane]
-        self._buffer = deque(delivery for delivery in self._buffer if delivery.lane is not lane)
-        await self._send(given_back, _NAK)
+        buffered = [delivery for waiting in self._turns.values() for delivery in waiting]
+        self._turns.clear()
+        for delivery in buffered:
+            if delivery.lane is not lane:
+                self._keep(delivery)
+        await self._send([delivery.message for delivery in buffered if delivery.lane is lane], _NAK)
 
     async def close(self) -> None:
         """Stop reading everything."""
@@ -125,6 +150,8 @@ class PullReader:
         limit = messages_max or self._batch_size_max
         await self._pull_all()
         while True:
+            if self._turn_of is not None:
+                await self._let_come()
             batch = self._hand_out(limit, bytes_max)
             if batch:
                 break
@@ -137,7 +164,7 @@ class PullReader:
                     await self._wake.wait()
             except TimeoutError:
                 pass
-            if self._buffer and self._linger_seconds:
+            if self._turns and self._linger_seconds:
                 await asyncio.sleep(self._linger_seconds)
             await self._pull_all()
         await self._pull_all()
@@ -182,10 +209,18 @@ class PullReader:
             lane.outstanding -= 1
             lane.failures = 0
             lane.buffered += 1
-            self._buffer.append(_Delivery(lane, message, lane.heard_at))
+            lane.newest = message
+            self._bytes_mean += (len(message.data) - self._bytes_mean) / 16
+            self._keep(_Delivery(lane, message, lane.heard_at))
         else:
             self._take_status(lane, message.headers or {})
         self._wake.set()
+
+    def _keep(self, delivery: "_Delivery") -> None:
+        turn = "" if self._turn_of is None else self._turn_of(delivery.message.subject)
+        if (waiting := self._turns.get(turn)) is None:
+            waiting = self._turns[turn] = deque()
+        waiting.append(delivery)
 
     def _take_status(self, lane: "_Lane", headers: dict[str, str]) -> None:
         status = headers.get("Status", "")
@@ -209,20 +244,54 @@ class PullReader:
     def _hand_out(self, limit: int, bytes_max: int | None) -> list[Msg]:
         batch: list[Msg] = []
         size = 0
-        oldest = time.monotonic() - self._fresh_seconds
-        while self._buffer and len(batch) < limit:
-            lane, message, received_at = self._buffer[0]
-            if received_at < oldest:
-                # The server is about to deliver it again, perhaps to somebody else.
-                MESSAGES.labels(consumer=lane.durable, outcome="stale").inc()
-            else:
-                size += len(message.data)
-                if bytes_max is not None and batch and size > bytes_max:
-                    break
-                batch.append(message)
-            self._buffer.popleft()
-            lane.buffered -= 1
+        present = time.monotonic()
+        oldest = present - self._fresh_seconds
+        is_full = False
+        while self._turns and not is_full:
+            turn, waiting = next(iter(self._turns.items()))
+            while waiting and not is_full:
+                lane, message, received_at = waiting[0]
+                if received_at < oldest:
+                    # The server is about to deliver it again, perhaps to somebody else.
+                    MESSAGES.labels(consumer=lane.durable, outcome="stale").inc()
+                else:
+                    size += len(message.data)
+                    if bytes_max is not None and batch and size > bytes_max:
+                        is_full = True
+                        break
+                    batch.append(message)
+                    is_full = len(batch) == limit
+                waiting.popleft()
+                lane.buffered -= 1
+            # What is left of it is behind all others now.
+            del self._turns[turn]
+            if waiting:
+                self._turns[turn] = waiting
+        self._handed_out.append((present, size))
+        while self._handed_out[0][0] < present - _AHEAD_SECONDS:
+            self._handed_out.popleft()
         return batch
+
+    async def _let_come(self) -> None:
+        """Wait a moment for what was asked for, while the stream has more than is here, and it keeps coming."""
+        until = time.monotonic() + _ON_ITS_WAY_SECONDS
+        while any(lane.is_behind() for lane in self._lanes.values()) and time.monotonic() < until:
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(_ON_ITS_WAY_GAP_SECONDS):
+                    await self._wake.wait()
+            except TimeoutError:
+                # Others read it, or too many are unacknowledged.
+                for lane in self._lanes.values():
+                    lane.newest = None
+
+    def _ahead(self) -> int:
+        """How many messages of a durable may be on their way or buffered."""
+        if self._turn_of is None:
+            return self._batch_size_max * 2
+        size = sum([handed_out for _, handed_out in self._handed_out])
+        size = max(_AHEAD_BYTES_MIN, min(_AHEAD_BYTES_MAX, size))
+        return max(2, min(self._batch_size_max * _AHEAD_BATCHES_MAX, int(size / max(self._bytes_mean, 1))))
 
     async def _pull_all(self) -> None:
         if self._client.stats["reconnects"] != self._connection:
@@ -237,9 +306,10 @@ class PullReader:
         if lane.outstanding > 0 and now - lane.heard_at > self._expires_seconds + _GRACE_SECONDS:
             log.warning("pull request lost", stream=self._stream, durable=lane.durable, messages=lane.outstanding)
             lane.outstanding = 0
-        want = self._batch_size_max * 2 - max(lane.outstanding, 0) - lane.buffered
+        ahead = self._ahead()
+        want = ahead - max(lane.outstanding, 0) - lane.buffered
         idle = lane.outstanding <= 0 and lane.buffered == 0
-        if not (idle or want >= self._batch_size_max) or now < lane.pause_until or not self._client.is_connected:
+        if not (idle or want >= ahead // 2) or now < lane.pause_until or not self._client.is_connected:
             return
         lane.outstanding = max(lane.outstanding, 0) + want
         lane.heard_at = now
@@ -260,6 +330,7 @@ class _Lane:
         "failures",
         "heard_at",
         "inbox",
+        "newest",
         "outstanding",
         "pause_until",
         "removed",
@@ -276,8 +347,13 @@ class _Lane:
         self.buffered = 0
         self.failures = 0
         self.heard_at = 0.0
+        self.newest: Msg | None = None
         self.pause_until = 0.0
         self.removed = False
+
+    def is_behind(self) -> bool:
+        """Whether more is on its way: it was asked for, and the stream had it when it sent the newest that came."""
+        return self.outstanding > 0 and self.newest is not None and place_of(self.newest).pending > 0
 
 
 class _Delivery(NamedTuple):

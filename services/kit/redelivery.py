@@ -12,13 +12,17 @@ _TOKENS_PLAIN: Final = 9
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A delivery's place. `deliveries` counts this one; `stored_at_ns` is when the stream took it, in Unix time."""
+    """A delivery's place. `deliveries` counts this one; `stored_at_ns` is when the stream took it, in Unix time.
+
+    `pending` is what the stream had for the consumer behind it, when it sent this.
+    """
 
     stream: str
     consumer: str
     deliveries: int
     stream_sequence: int
     stored_at_ns: int
+    pending: int
 
 
 def place_of(message: Msg) -> Place:
@@ -29,13 +33,14 @@ def place_of(message: Msg) -> Place:
     if tokens[:2] != ["$JS", "ACK"] or len(tokens) < _TOKENS_PLAIN:
         raise ValueError(f"not a delivery of a JetStream consumer: its reply subject is {message.reply!r}")
     first = 2 if len(tokens) == _TOKENS_PLAIN else 4
-    stream, consumer, deliveries, sequence, _, time_ns = tokens[first : first + 6]
+    stream, consumer, deliveries, sequence, _, time_ns, pending = tokens[first : first + 7]
     return Place(
         stream=stream,
         consumer=consumer,
         deliveries=int(deliveries),
         stream_sequence=int(sequence),
         stored_at_ns=int(time_ns),
+        pending=int(pending),
     )
 
 

@@ -148,6 +148,8 @@ async def _running(settings: MeteringSettings, readiness: Readiness) -> AsyncIte
                 stream=consumer.stream,
                 ack_wait_seconds=consumer.ack_wait_seconds,
                 batch_size_max=settings.batch_size_max,
+                # The more of a partition a batch has, the fewer bundles its charges are.
+                turn_of=translate.partition_token_of,
             ),
             durable=consumer.durable,
             writer=writer("ingest"),

@@ -154,6 +154,11 @@ def stored_at(message: Msg) -> datetime:
     return _EPOCH + timedelta(microseconds=stored_at_ns // 1000)
 
 
+def partition_token_of(subject: str) -> str:
+    """On which partition's subject a usage message came."""
+    return subject.split(".", 3)[2]
+
+
 def reporter_of(subject: str) -> str:
     """Who published a usage message: the last token of its subject, which the server lets nobody else use."""
     return subject.rpartition(".")[2]

@@ -14,6 +14,7 @@ from nats.js.api import ConsumerConfig
 
 from contracts.streams import CHARGES, charges_consumer, charges_rated_subject
 from infra.servers import EmbeddedNats
+from services.kit import reader as reading
 from services.kit.publish import Message, publish_batch
 from services.kit.reader import PullReader
 from services.kit.redelivery import place_of
@@ -128,6 +129,103 @@ async def test_several_durables_are_read_together_each_in_order(
         of_partition = [message for message in found if message.subject == charges_rated_subject(partition)]
         assert [number_of(message) for message in of_partition] == list(range(300))
     await reader.close()
+
+
+@pytest.fixture
+async def in_turns(operator_nats: Client) -> AsyncIterator[PullReader]:
+    """Reads all partitions by one durable, in turns of partitions. It may not acknowledge."""
+    config = ConsumerConfig(durable_name="everything", ack_wait=30, max_ack_pending=400)
+    await operator_nats.jetstream().add_consumer(CHARGES, config)
+    reader = PullReader(
+        operator_nats, stream=CHARGES, ack_wait_seconds=30, batch_size_max=100, turn_of=lambda subject: subject
+    )
+    yield reader
+    await reader.close()
+
+
+async def publish_interleaved(publish_charges: Callable[..., asyncio.Future[None]], counts: Sequence[int]) -> None:
+    """So many messages of each partition, beginning with number 0, spread over all."""
+    for number in range(max(counts)):
+        await asyncio.gather(
+            *(
+                publish_charges([number], partition=partition)
+                for partition, count in enumerate(counts)
+                if number < count
+            )
+        )
+
+
+async def test_what_is_more_than_a_batch_is_handed_out_in_turns_each_in_order(
+    in_turns: PullReader, publish_charges: Callable[..., asyncio.Future[None]]
+) -> None:
+    await publish_interleaved(publish_charges, [30] * 10)
+    await in_turns.add("everything")
+    await asyncio.sleep(0.3)
+    first = await in_turns.next_batch()
+    # All are here, 30 of each.
+    assert len(first) == 100
+    assert len({message.subject for message in first}) == 4
+    found = first
+    while len(found) < 300:
+        found = [*found, *await in_turns.next_batch()]
+    for partition in range(10):
+        of_partition = [message for message in found if message.subject == charges_rated_subject(partition)]
+        assert [number_of(message) for message in of_partition] == list(range(30))
+
+
+async def test_what_fits_into_a_batch_is_one_at_once_whatever_it_is(
+    in_turns: PullReader, publish_charges: Callable[..., asyncio.Future[None]]
+) -> None:
+    await publish_interleaved(publish_charges, [3] * 10)
+    await in_turns.add("everything")
+    await asyncio.sleep(0.3)
+    began = time.monotonic()
+    batch = await in_turns.next_batch()
+    assert len(batch) == 30
+    assert time.monotonic() - began < 0.005
+
+
+async def test_no_turn_comes_twice_while_another_waits(
+    in_turns: PullReader, publish_charges: Callable[..., asyncio.Future[None]]
+) -> None:
+    await publish_charges(range(190), partition=0)
+    for partition in range(1, 9):
+        await publish_charges([0], partition=partition)
+    await in_turns.add("everything")
+    await asyncio.sleep(0.3)
+    first, second = await in_turns.next_batch(), await in_turns.next_batch()
+    assert {message.subject for message in first} == {charges_rated_subject(0)}
+    assert {message.subject for message in second[:8]} == {
+        charges_rated_subject(partition) for partition in range(1, 9)
+    }
+    assert [number_of(message) for message in [*first, *second[8:]]] == list(range(190))
+
+
+async def test_a_batch_waits_for_what_is_on_its_way(
+    in_turns: PullReader, publish_charges: Callable[..., asyncio.Future[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_ON_ITS_WAY_GAP_SECONDS", 1.0)
+    monkeypatch.setattr(reading, "_ON_ITS_WAY_SECONDS", 5.0)
+    await publish_interleaved(publish_charges, [9] * 10)
+    await in_turns.add("everything")
+    assert len(await in_turns.next_batch()) == 90
+
+
+async def test_what_does_not_come_although_the_stream_has_it_holds_up_a_batch_for_a_moment_only(
+    nats_account: NatsAccount, operator_nats: Client, publish_charges: Callable[..., asyncio.Future[None]]
+) -> None:
+    await operator_nats.jetstream().add_consumer(
+        CHARGES, ConsumerConfig(durable_name="narrow", ack_wait=30, max_ack_pending=50)
+    )
+    await publish_charges(range(120))
+    narrow = PullReader(operator_nats, stream=CHARGES, ack_wait_seconds=30, batch_size_max=40, turn_of=str)
+    await narrow.add("narrow")
+    await asyncio.sleep(0.3)
+    began = time.monotonic()
+    first, second = await narrow.next_batch(), await narrow.next_batch()
+    assert (len(first), len(second)) == (40, 10)
+    assert time.monotonic() - began < 0.1
+    await narrow.close()
 
 
 async def test_what_is_buffered_of_a_removed_durable_is_given_back_at_once(

@@ -19,7 +19,12 @@ from services.kit.redelivery import RETRY_SECONDS_MAX, Place, place_of, retry_de
 )
 def test_a_place_is_read_with_and_without_a_domain(reply: str) -> None:
     assert place_of(Msg(Client(), reply=reply)) == Place(
-        stream="USAGE", consumer="metering", deliveries=3, stream_sequence=17, stored_at_ns=1700000000000000000
+        stream="USAGE",
+        consumer="metering",
+        deliveries=3,
+        stream_sequence=17,
+        stored_at_ns=1700000000000000000,
+        pending=5,
     )
 
 
