@@ -641,8 +641,27 @@ class HoldReleased(_Fact):
     released: tuple[Amount, ...]
 
 
+class AccountCharged(_Frozen):
+    """What an account was charged, summed per unit over its lines."""
+
+    account: AccountId
+    charged: tuple[Amount, ...]
+    lines: Annotated[int, Field(ge=1)]
+
+
+# A transaction that charges more is told in several facts: each stays well below what NATS takes.
+CHARGED_ACCOUNTS_MAX: Final = 250
+
+
 class UsageCharged(_Fact):
-    """What an account was charged in one transaction, summed per unit over its lines."""
+    """What accounts were charged in one transaction, each account in one place of one fact."""
+
+    type: Literal["ledger.usage.charged.v2"] = "ledger.usage.charged.v2"
+    accounts: Annotated[tuple[AccountCharged, ...], Field(min_length=1, max_length=CHARGED_ACCOUNTS_MAX)]
+
+
+class UsageChargedToOne(_Fact):
+    """What an account was charged in one transaction. Told no more: what was told so before can still be read."""
 
     type: Literal["ledger.usage.charged.v1"] = "ledger.usage.charged.v1"
     account: AccountId

@@ -41,8 +41,9 @@ class MessageType:
 
 def _fact(model: type[BaseModel]) -> MessageType:
     name: str = model.model_fields["type"].default
-    service, noun, verb, version = name.split(".")
-    return MessageType(name, "event", model, f"{service}.{version}.{ANY_PARTITION}.{noun}.{verb}")
+    service, noun, verb, _ = name.split(".")
+    # Versions of a fact share its subject.
+    return MessageType(name, "event", model, f"{service}.v1.{ANY_PARTITION}.{noun}.{verb}")
 
 
 def _command(model: type[BaseModel]) -> MessageType:
@@ -71,6 +72,7 @@ MESSAGES: Final = (
     _fact(ledger.HoldReleased),
     _fact(ledger.HoldExpired),
     _fact(ledger.UsageCharged),
+    _fact(ledger.UsageChargedToOne),
     _fact(ledger.ChargeReversed),
     _fact(ledger.MoneyTransferred),
     _fact(ledger.PaymentClaimed),

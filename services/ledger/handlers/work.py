@@ -1,7 +1,7 @@
 """Decide what a batch asks of one partition, and note the rows that follow from it."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from typing import Any, Final, Literal, NamedTuple, assert_never
@@ -56,6 +56,7 @@ from services.ledger.store import Loaded, Written
 from services.ledger.translate import (
     WHEN_RECORDED,
     BadLine,
+    ChargedSum,
     Fact,
     Problem,
     accepted,
@@ -70,7 +71,7 @@ from services.ledger.translate import (
     scope_text,
     split_text,
     transferred_fact,
-    usage_charged_fact,
+    usage_charged_facts,
 )
 
 LINES: Final = Counter(
@@ -376,7 +377,8 @@ class Work:
             if not isinstance(moves, list):
                 return moves
             self._tell(self._facts(moves, transaction, command.account))
-            charged = {command.account: _Charged().add(command)}
+            charged = dict[str, ChargedSum]()
+            _add_to(charged, command)
             self._finish_charge(transaction, rows, charged, None, required=command.required)
         else:
             moves = decide(self._draft.state, command, units=self._units, place=transaction.place)
@@ -481,7 +483,7 @@ class Work:
         self._catch_up(accounts, self._overdue(accounts, settling))
         transaction = self._draft.begin()
         rows: list[Row] = []
-        charged: dict[str, _Charged] = {}
+        charged: dict[str, ChargedSum] = {}
         facts: list[Fact] = []
         traceparents, traced = item.traceparents, list[TracedCharge]()
         for place, line in enumerate(bundle.lines):
@@ -492,7 +494,7 @@ class Work:
             match refusal:
                 case None:
                     assert isinstance(line, ChargeLine)
-                    charged.setdefault(line.account, _Charged()).add(line)
+                    _add_to(charged, line)
                 case AlreadyCharged():
                     LINES.labels(outcome="repeated").inc()
                 case _:
@@ -622,17 +624,14 @@ class Work:
         self,
         transaction: Transaction,
         rows: list[Row],
-        charged: Mapping[str, "_Charged"],
+        charged: Mapping[str, ChargedSum],
         bundle: int | None,
         *,
         required: bool = False,
     ) -> None:
         transaction.finish(Charged(lines=len(rows), lines_hash=lines_hash(rows), bundle=bundle, required=required))
         self._lines.extend(rows)
-        self._tell(
-            usage_charged_fact(account, each.amounts, lines=each.lines, transaction=transaction.id, units=self._units)
-            for account, each in charged.items()
-        )
+        self._tell(usage_charged_facts(charged, transaction=transaction.id, units=self._units))
 
     def _note_reversal(self, command: ReverseCharge, moves: Sequence[Move], transaction: Transaction) -> None:
         key = (command.source, command.event_id, command.revision)
@@ -696,18 +695,13 @@ _encode: Final = msgspec.json.Encoder().encode
 _CONFLICT: Final = "the idempotency key was used for a command with another body"
 
 
-@dataclass(slots=True)
-class _Charged:
-    """What an account was charged in one transaction."""
-
-    lines: int = 0
-    amounts: dict[str, int] = field(default_factory=dict)
-
-    def add(self, line: ChargeLine) -> "_Charged":
-        self.lines += 1
-        for unit, amount in line.amounts:
-            self.amounts[unit] = self.amounts.get(unit, 0) + amount
-        return self
+def _add_to(charged: dict[str, ChargedSum], line: ChargeLine) -> None:
+    """Add a charged line to the sums by account."""
+    if (found := charged.get(line.account)) is None:
+        found = charged[line.account] = ChargedSum()
+    found.lines += 1
+    for unit, amount in line.amounts:
+        found.amounts[unit] = found.amounts.get(unit, 0) + amount
 
 
 def _letter(item: BundleItem, place: int, why: Refusal | BadLine, *, name: Literal["line", "reversal"]) -> Letter:

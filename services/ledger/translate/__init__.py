@@ -10,13 +10,14 @@ from services.ledger.translate.bundles import (
 )
 from services.ledger.translate.commands import WHEN_RECORDED, body_hash, body_problems, read_command, read_list
 from services.ledger.translate.facts import (
+    ChargedSum,
     Fact,
     facts_of,
     heads_signed_row,
     outbox_row,
     reversed_fact,
     transferred_fact,
-    usage_charged_fact,
+    usage_charged_facts,
 )
 from services.ledger.translate.outcomes import accepted, full_id, refusal_text, refused, refused_as
 from services.ledger.translate.payments import read_payment_fact
@@ -27,6 +28,7 @@ __all__ = [
     "WHEN_RECORDED",
     "BadLine",
     "Bundle",
+    "ChargedSum",
     "Fact",
     "Invalid",
     "Problem",
@@ -54,5 +56,5 @@ __all__ = [
     "scope_text",
     "split_text",
     "transferred_fact",
-    "usage_charged_fact",
+    "usage_charged_facts",
 ]

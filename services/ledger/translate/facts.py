@@ -1,12 +1,13 @@
 """What others are told: the facts that follow from what was recorded, as rows of the outbox."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 import msgspec
 
+from contracts.ledger import CHARGED_ACCOUNTS_MAX
 from contracts.money import format_amount
 from contracts.partition import token
 from contracts.streams import ledger_fact_subject
@@ -27,12 +28,13 @@ from services.ledger.translate.outcomes import full_id
 
 
 class Fact(msgspec.Struct, frozen=True):
-    """What is told to others: its subject's noun and verb, its type, and its own fields."""
+    """What is told to others: its subject's noun and verb, its own fields, and the version of its type."""
 
     noun: str
     verb: str
     transaction: str
     fields: Mapping[str, Any]
+    version: int = 1
 
 
 def facts_of(moves: Sequence[Move], *, account: str, partition: int, transaction: str, units: Units) -> list[Fact]:
@@ -203,16 +205,32 @@ class _Telling:
         self._add("balance", fallen if details.is_low else "recovered", **fields)
 
 
-def usage_charged_fact(account: str, amounts: Mapping[str, int], *, lines: int, transaction: str, units: Units) -> Fact:
-    """What an account was charged in one transaction."""
-    charged = [_amount(amount, unit, units) for unit, amount in amounts.items()]
-    return Fact("usage", "charged", transaction, {"account": account, "charged": charged, "lines": lines})
+class ChargedSum(msgspec.Struct):
+    """What an account was charged in one transaction, in steps by unit."""
+
+    lines: int = 0
+    amounts: dict[str, int] = {}
+
+
+def usage_charged_facts(charged: Mapping[str, ChargedSum], *, transaction: str, units: Units) -> Iterator[Fact]:
+    """What accounts were charged in one transaction: one fact, or as many as it takes with that many accounts."""
+    accounts = [
+        {
+            "account": account,
+            "charged": [_amount(amount, unit, units) for unit, amount in each.amounts.items()],
+            "lines": each.lines,
+        }
+        for account, each in charged.items()
+    ]
+    for start in range(0, len(accounts), CHARGED_ACCOUNTS_MAX):
+        fields = {"accounts": accounts[start : start + CHARGED_ACCOUNTS_MAX]}
+        yield Fact("usage", "charged", transaction, fields, version=2)
 
 
 def outbox_row(fact: Fact, *, partition: int, number: int, recorded_at: datetime) -> OutboxRow:
     """A fact as it is published."""
     payload = {
-        "type": f"ledger.{fact.noun}.{fact.verb}.v1",
+        "type": f"ledger.{fact.noun}.{fact.verb}.v{fact.version}",
         "partition": partition,
         "number": number,
         "transaction": full_id("txn", partition, fact.transaction),

@@ -153,6 +153,30 @@ async def test_a_full_bundle_is_few_entries_and_every_line_is_explained(driver: 
         assert not any(check.breaches for check in audit(database.url("ledger")))
 
 
+async def test_what_a_bundle_charges_is_told_in_as_few_facts_as_hold_its_accounts(driver: Driver) -> None:
+    async with driver.running():
+        await driver.funded("acme", "100")
+        accounts = [f"acme/{number}" for number in range(words.CHARGED_ACCOUNTS_MAX + 2)]
+        for account in accounts:
+            await driver.accepted(open_account(account, key=account))
+        lines = [charge_line(f"e{place}", account=account, usd="0.1") for place, account in enumerate(accounts)]
+        await driver.publish(
+            charges_rated(*lines, charge_line("again", account=accounts[0], amounts={"usd": "0.2", "tokens": "3"}))
+        )
+        await driver.publish(charges_rated(charge_line("alone", account=accounts[1], usd="1"), number=2))
+        await driver.until("SELECT max(charges_number) FROM heads", 2)
+        many, rest, alone = [fact for fact in await driver.facts() if isinstance(fact, words.UsageCharged)]
+        assert len({many.transaction, rest.transaction, alone.transaction}) == 2
+        assert many.transaction == rest.transaction
+        assert [each.account for fact in (many, rest) for each in fact.accounts] == accounts
+        usd = Amount(amount="0.1", unit="usd")
+        first, *others = (*many.accounts, *rest.accounts)
+        assert (first.lines, {each.unit: each.amount for each in first.charged}) == (2, {"usd": "0.3", "tokens": "3"})
+        assert {(each.lines, each.charged) for each in others} == {(1, (usd,))}
+        assert [(each.account, each.lines) for each in alone.accounts] == [(accounts[1], 1)]
+        assert len(rest.accounts) == 2
+
+
 async def test_every_fact_is_told_in_number_order_and_reads_as_the_contract_says(driver: Driver) -> None:
     async with driver.running() as http:
         await driver.funded("acme", "5")
@@ -172,7 +196,7 @@ async def test_every_fact_is_told_in_number_order_and_reads_as_the_contract_says
         assert exhausted.available == Amount(amount="-2.5", unit="usd")
         assert isinstance(settled, words.HoldSettled)
         assert (settled.hold, settled.released) == (one, ())
-        assert (last.lines, last.charged[0].amount) == (2, "7.5")
+        assert [(each.account, each.lines, each.charged[0].amount) for each in last.accounts] == [("acme", 2, "7.5")]
         assert isinstance(release, words.HoldReleased)
         assert [(each.amount, each.unit) for each in release.released] == [("2", "usd")]
         assert isinstance(placed, words.HoldPlaced)
