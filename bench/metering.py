@@ -69,9 +69,12 @@ class TotalsDiffer(Exception):
 class Bench(Measured):
     """The stack through which loads are sent."""
 
-    def __init__(self, scratch: ScratchStack, *, in_flight: int, profile: bool, console: Console) -> None:
+    def __init__(
+        self, scratch: ScratchStack, *, in_flight: int, console: Console, profile: bool = False, singly: bool = False
+    ) -> None:
         super().__init__(scratch, console=console)
         self._in_flight = in_flight
+        self._singly = singly
         if profile:
             pids = scratch.run.processes
             console.print(f"processes to profile, with py-spy or perf: {pids}", markup=False)
@@ -99,6 +102,7 @@ class Bench(Measured):
                 *(sys.executable, "-m", "bench.publisher", "--name", load.name, "--events", str(load.events)),
                 *("--accounts", str(load.accounts), "--seed", str(load.seed), "--in-flight", str(self._in_flight)),
                 *(() if rate is None else ("--rate", str(rate))),
+                *(("--singly",) if self._singly else ()),
                 *(("--url", self.stack.service_url("metering")) if over_http else ()),
             ],
             env=dict(os.environ)
@@ -156,7 +160,15 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory(prefix="scrip-bench-") as directory,
         ScratchStack(Path(directory)) as scratch,
-        closing(Bench(scratch, in_flight=arguments.in_flight, profile=arguments.profile, console=console)) as bench,
+        closing(
+            Bench(
+                scratch,
+                in_flight=arguments.in_flight,
+                console=console,
+                profile=arguments.profile,
+                singly=arguments.singly,
+            )
+        ) as bench,
     ):
         console.print(facts(bench.durability()))
         bench.open_accounts()
@@ -293,6 +305,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--loads", type=int, default=5, help="of `growth`, one after the other")
     parser.add_argument("--rate", type=float, help="the highest, if it is known; `delay` takes half of it")
     parser.add_argument("--in-flight", type=int, default=2, help="atomic batches the publisher has under way")
+    parser.add_argument("--singly", action="store_true", help="over NATS, each event in a message of its own")
     parser.add_argument("--profile", action="store_true", help="print the processes' ids, for py-spy or perf")
     return parser.parse_args()
 

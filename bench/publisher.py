@@ -16,12 +16,14 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from hashlib import sha256
 from typing import Final
 
 import httpx2
 import msgspec
 import uvloop
 
+from contracts.envelope import message_bodies
 from contracts.partition import partition_of
 from contracts.streams import OPERATOR, USAGE, usage_subject
 from contracts.usage import MODEL_USED
@@ -92,10 +94,13 @@ def expected(load: Load) -> Counter[str]:
 Send = Callable[[Sequence[Use]], Awaitable[None]]
 
 
-async def publish(load: Load, *, in_flight: int, rate: float | None, url: str | None) -> None:
-    """Publish the load with so many batches in flight, at most `rate` events a second, and print the times."""
+async def publish(load: Load, *, in_flight: int, rate: float | None, url: str | None, singly: bool) -> None:
+    """Publish the load with so many batches in flight, at most `rate` events a second, and print the times.
+
+    Over NATS the events of a batch that go to one subject are one message, unless they are to go `singly`.
+    """
     async with AsyncExitStack() as stack:
-        send = await (_over_nats(load, stack) if url is None else _over_http(load, url, stack))
+        send = await (_over_nats(load, stack, singly=singly) if url is None else _over_http(load, url, stack))
         waiting = uses(load)
         begin, cpu_begin = time.monotonic(), time.process_time()
         sent = 0
@@ -114,19 +119,20 @@ async def publish(load: Load, *, in_flight: int, rate: float | None, url: str | 
         sys.stdout.write(json.dumps(report) + "\n")
 
 
-async def _over_nats(load: Load, stack: AsyncExitStack) -> Send:
+async def _over_nats(load: Load, stack: AsyncExitStack, *, singly: bool) -> Send:
     client = await connect(os.environ[URL_VARIABLE], os.environ[PASSWORD_VARIABLE])
     stack.push_async_callback(client.close)
 
     async def send(batch: Sequence[Use]) -> None:
         at = _now()
+        by_partition: dict[int, list[bytes]] = {}
+        for use in batch:
+            body = _encode(_event(load, use, source=SOURCE, at=at))
+            by_partition.setdefault(partition_of(use.account), []).append(body)
         messages = [
-            Message(
-                subject=usage_subject(partition=partition_of(use.account), source=SOURCE),
-                payload=_encode(_event(load, use, source=SOURCE, at=at)),
-                message_id=f"{load.name}:{use.number}",
-            )
-            for use in batch
+            Message(usage_subject(partition=partition, source=SOURCE), payload, sha256(payload).hexdigest()[:32])
+            for partition, bodies in by_partition.items()
+            for payload in (bodies if singly else message_bodies(bodies))
         ]
         await publish_batch(client, stream=USAGE, messages=messages, timeout_seconds=30)
 
@@ -183,6 +189,7 @@ if __name__ == "__main__":
         parser.add_argument(f"--{option}", type=int, required=True)
     parser.add_argument("--rate", type=float, help="events a second; as fast as they are confirmed without it")
     parser.add_argument("--url", help="of metering: over HTTP")
+    parser.add_argument("--singly", action="store_true", help="over NATS: each event in a message of its own")
     given = parser.parse_args()
     uvloop.run(
         publish(
@@ -190,5 +197,6 @@ if __name__ == "__main__":
             in_flight=given.in_flight,
             rate=given.rate,
             url=given.url,
+            singly=given.singly,
         )
     )

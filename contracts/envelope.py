@@ -1,7 +1,7 @@
 """Usage events as CloudEvents 1.0, structured or binary: reading, checking, the hash that tells two bodies apart."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -28,6 +28,9 @@ from contracts.usage import (
 )
 
 EVENT_BYTES_MAX: Final = 64 << 10
+# A message is one event, or a JSON array of several: as many bytes in all, and so many events at most.
+MESSAGE_BYTES_MAX: Final = EVENT_BYTES_MAX
+MESSAGE_EVENTS_MAX: Final = 1_000
 PROBLEMS_MAX: Final = 100
 NAME_SHOWN_MAX: Final = 64
 
@@ -146,6 +149,7 @@ class UsageEvent(_Event):
 
     `source` is the publishing service, its authenticated principal. (partition, source, id) is unique for ever.
     Extension attributes are allowed as CloudEvents has them: lower-case names; strings, integers, booleans.
+    Over NATS a message is one event, or a JSON array of several.
     """
 
     type: Literal["scrip.model.used.v1"]
@@ -182,6 +186,41 @@ def read_usage_event(body: bytes, *, bytes_max: int = EVENT_BYTES_MAX) -> tuple[
     except ValidationError as error:
         raise InvalidEvent(_problems(error)) from error
     return event, body_hash(raw)
+
+
+def events_of(body: bytes) -> list[bytes]:
+    """The bodies of the events of a message in structured form, as they stand there: its own, or those of an array.
+
+    What is neither is one body, and no event: reading it says why.
+    """
+    if not body.lstrip().startswith(b"["):
+        return [body]
+    try:
+        found = [bytes(event) for event in _ARRAY.decode(body)]
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return [body]
+    return found if len(body) <= MESSAGE_BYTES_MAX and 0 < len(found) <= MESSAGE_EVENTS_MAX else [body]
+
+
+def message_bodies(bodies: Iterable[bytes]) -> Iterator[bytes]:
+    """The bodies of messages that hold these events, in their order: each as many of them as it may."""
+    held: list[bytes] = []
+    size = 0
+    for body in bodies:
+        if held and (size + len(body) + 2 > MESSAGE_BYTES_MAX or len(held) == MESSAGE_EVENTS_MAX):
+            yield _joined(held)
+            held, size = [], 0
+        held.append(body)
+        size += len(body) + 1
+    if held:
+        yield _joined(held)
+
+
+def _joined(bodies: Sequence[bytes]) -> bytes:
+    return bodies[0] if len(bodies) == 1 else b"[" + b",".join(bodies) + b"]"
+
+
+_ARRAY: Final = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 class QuickEvent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, gc=False):

@@ -52,7 +52,8 @@ LAG_SECONDS: Final = Gauge(
 
 RETRY_SECONDS_MIN: Final = 0.1
 RETRY_SECONDS_MAX: Final = 5.0
-BATCH_BYTES_MAX: Final = 16 << 20
+# Some thousand events, however many a message has.
+BATCH_BYTES_MAX: Final = 1 << 20
 READ_SLICE: Final = 500
 
 # Not the fault of any event: the same batch is tried again.
@@ -62,7 +63,10 @@ _UNSTORABLE: Final = (psycopg.DataError, psycopg.errors.ProgramLimitExceeded, Un
 
 @dataclass(frozen=True, slots=True)
 class _Work:
+    """Messages, of one event each or of several, and all their events as a batch."""
+
     messages: Sequence[Msg]
+    events: int
     batch: Batch
 
 
@@ -118,54 +122,80 @@ class UsageSubscriber:
         while not self._stopping:
             messages = await self._reader.next_batch(bytes_max=BATCH_BYTES_MAX, timeout_seconds=0.5)
             if messages:
-                await self._read.put(_Work(messages=messages, batch=await self._read_batch(messages)))
+                await self._read.put(await self._read_work(messages))
         await self._read.put(None)
 
-    async def _read_batch(self, messages: Sequence[Msg]) -> Batch:
+    async def _read_work(self, messages: Sequence[Msg]) -> _Work:
+        events = [event for message in messages for event in translate.events_of_message(message)]
+        return _Work(messages=messages, events=len(events), batch=await self._read_batch(events))
+
+    async def _read_batch(self, events: Sequence[Msg]) -> Batch:
         reading = Reading(price_book=self._price_book(), received_at=now(), age_max=self._age_max)
-        for start in range(0, len(messages), READ_SLICE):
-            reading.add(messages[start : start + READ_SLICE])
+        for start in range(0, len(events), READ_SLICE):
+            reading.add(events[start : start + READ_SLICE])
             # Others have their turn: readiness, HTTP, the commit of the batch before.
             await asyncio.sleep(0)
         return reading.batch()
 
     async def _ingest_all(self) -> None:
         while (work := await self._read.get()) is not None:
-            await self._ingest(work.messages, work.batch)
+            await self._ingest(work)
 
-    async def _ingest(self, messages: Sequence[Msg], batch: Batch) -> None:
+    async def _ingest(self, work: _Work) -> None:
         """Ingest a batch. What the database cannot take is found by halving, and put aside alone."""
+        messages = work.messages
         try:
-            ingested = await self._with_retries(messages, lambda: self._attempt(batch))
+            await self._commit(messages, work.batch, events=work.events)
         except Exception as error:
             if len(messages) == 1:
-                await self._put_aside(messages[0], error)
+                await self._ingest_singly(messages[0], error)
                 return
             FAULTS.labels(place="metering.ingest").inc()
             log.error("batch failed, trying its halves", messages=len(messages), exc_info=error)
             middle = len(messages) // 2
             for half in (messages[:middle], messages[middle:]):
-                await self._ingest(half, await self._read_batch(half))
+                await self._ingest(await self._read_work(half))
             return
+        await self._reader.ack(messages)
+
+    async def _ingest_singly(self, message: Msg, error: Exception) -> None:
+        """Of a message that fails alone, take every event that can be: the message comes again for the others."""
+        delay = 0.0
+        events = translate.events_of_message(message)
+        for event in events:
+            if len(events) > 1:
+                await self._reader.in_progress([message])
+                try:
+                    await self._commit([message], await self._read_batch([event]), events=1)
+                except Exception as found:
+                    error = found
+                else:
+                    continue
+            delay = max(delay, await self._put_aside(event, error))
+        if delay:
+            await self._reader.nak([message], delay_seconds=delay)
+        else:
+            await self._reader.ack([message])
+
+    async def _commit(self, messages: Sequence[Msg], batch: Batch, *, events: int) -> None:
+        ingested = await self._with_retries(messages, lambda: self._attempt(batch))
         self._notify(ingested.rows)
         if ingested.counts.rerouted:
             self._rerouted()
-        await self._reader.ack(messages)
-        self._report(messages, ingested)
+        self._report(messages, ingested, events=events)
 
     async def _attempt(self, batch: Batch) -> Ingested:
         async with asyncio.timeout(self._attempt_seconds_max):
             return await handlers.ingest(batch, writer=self._writer, known=self._known)
 
-    async def _put_aside(self, message: Msg, error: Exception) -> None:
-        """One message that fails alone: dead if it can never be stored, else for another time."""
+    async def _put_aside(self, message: Msg, error: Exception) -> float:
+        """One event that fails alone: dead if it can never be stored, else for another time, in so many seconds."""
         if isinstance(error, _UNSTORABLE):
             problem = Problem("", f"cannot be stored: {str(error).splitlines()[0]}")
             letter = translate.dead(message, [problem])
             await self._with_retries([message], lambda: handlers.put_aside([letter], writer=self._writer))
-            await self._reader.ack([message])
             log.warning("event dead-lettered", subject=message.subject, reason=letter.reason)
-            return
+            return 0.0
         place = place_of(message)
         delay = retry_delay_seconds(place.deliveries)
         FAULTS.labels(place="metering.event").inc()
@@ -176,7 +206,7 @@ class UsageSubscriber:
             delay_seconds=delay,
             exc_info=error,
         )
-        await self._reader.nak([message], delay_seconds=delay)
+        return delay
 
     async def _with_retries(self, messages: Sequence[Msg], attempt: Callable[[], Awaitable[Result]]) -> Result:
         delay = RETRY_SECONDS_MIN
@@ -191,11 +221,11 @@ class UsageSubscriber:
             await asyncio.sleep(delay)
             delay = min(delay * 2, RETRY_SECONDS_MAX)
 
-    def _report(self, messages: Sequence[Msg], ingested: Ingested) -> None:
+    def _report(self, messages: Sequence[Msg], ingested: Ingested, *, events: int) -> None:
         counts = ingested.counts
-        BATCH_EVENTS.observe(len(messages))
-        for outcome, events in asdict(counts).items():
-            EVENTS.labels(outcome=outcome).inc(events)
+        BATCH_EVENTS.observe(events)
+        for outcome, count in asdict(counts).items():
+            EVENTS.labels(outcome=outcome).inc(count)
         LAG_SECONDS.set(max(0, (now() - translate.stored_at(messages[0])).total_seconds()))
         if counts.dead:
             log.warning("events dead-lettered", events=counts.dead)

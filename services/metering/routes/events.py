@@ -96,9 +96,10 @@ def events_router(backend: Callable[[], Backend], *, limits: IngestLimits) -> AP
         messages = await _messages(
             backend, bodies, reporter=principal.name, received_at=now(), limits=limits, asked=asked
         )
-        await _publish(backend().nats, messages)
         if asked is None:
+            await _publish(backend().nats, translate.together(messages))
             return Response(status_code=204)
+        await _publish(backend().nats, messages)
         return JSONResponse((await _report(backend(), messages, asked=asked)).model_dump())
 
     return router

@@ -28,6 +28,7 @@ from services.metering.translate.usage import (
     amended_body,
     amended_usage,
     dead,
+    events_of_message,
     logged_usage,
     message_id,
     partition_token_of,
@@ -42,6 +43,7 @@ from services.metering.translate.usage import (
     staged_usage,
     stored_at,
     taken_usage,
+    together,
     traceparent_of,
     waiting_usage,
 )
@@ -60,6 +62,7 @@ __all__ = [
     "dead",
     "difference_line",
     "difference_row",
+    "events_of_message",
     "further_as_json",
     "logged_usage",
     "message_id",
@@ -84,6 +87,7 @@ __all__ = [
     "stored_at",
     "stored_version",
     "taken_usage",
+    "together",
     "traceparent_of",
     "waiting_usage",
 ]

@@ -19,7 +19,9 @@ from contracts.envelope import (
     Problem,
     UsageEvent,
     binary_attributes,
+    events_of,
     is_account,
+    message_bodies,
     read_quickly,
     read_usage_event,
     structured,
@@ -79,6 +81,16 @@ class TooOld(InvalidEvent):
         super().__init__(problems)
         self.key = key
         self.message = message
+
+
+def events_of_message(message: Msg) -> Sequence[Msg]:
+    """The events of a message of the usage stream, each as if it had been delivered alone."""
+    if message.data.startswith(b"{") or not _OF_NATS.issuperset(message.headers or ()):
+        return (message,)
+    bodies = events_of(message.data)
+    if bodies[0] is message.data:
+        return (message,)
+    return [Msg(message._client, message.subject, message.reply, body) for body in bodies]
 
 
 def read_delivery(message: Msg, *, age_max: timedelta = AGE_MAX) -> Usage | Reroute | Late | Letter:
@@ -225,6 +237,21 @@ def read_binary_report(headers: Collection[tuple[str, str]], data: bytes) -> byt
     """The event of a request in binary mode in structured form; None if it is not in binary mode. InvalidEvent."""
     attributes = binary_attributes(headers)
     return None if attributes is None else structured(attributes, data)
+
+
+def together(messages: Sequence[Message]) -> list[Message]:
+    """Messages of one event each as messages of as many as may be, of one subject each. Of the same come the same."""
+    by_subject: dict[str, list[Message]] = {}
+    for message in messages:
+        by_subject.setdefault(message.subject, []).append(message)
+    found: list[Message] = []
+    for subject, alike in by_subject.items():
+        if len(alike) == 1:
+            found += alike
+        else:
+            for payload in message_bodies([each.payload for each in alike]):
+                found.append(Message(subject, payload, sha256(payload).hexdigest()[:32]))
+    return found
 
 
 def message_id(source: str, event_id: str, body_hash: bytes) -> str:

@@ -13,8 +13,9 @@ from nats.aio.msg import Msg
 from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
 
+from contracts.envelope import message_bodies
 from contracts.partition import partition_of
-from contracts.streams import METERING_CONSUMER, USAGE
+from contracts.streams import METERING_CONSUMER, USAGE, usage_subject
 from services.kit.broker import connect_nats
 from services.kit.clock import now
 from services.kit.database import Writer
@@ -27,7 +28,7 @@ from services.metering.subscribers import UsageSubscriber
 from tests.conftest import Database
 from tests.eventually import eventually
 from tests.integration.metering.driving import Driver, batch_of
-from tests.unit.metering.building import event, price_book
+from tests.unit.metering.building import body, event, price_book
 
 pytestmark = pytest.mark.anyio
 
@@ -218,6 +219,51 @@ async def test_what_postgres_cannot_store_is_dead_lettered_alone(
     }
     (letter,) = await list_letters(driver.connection, limit=10)
     assert "unsupported Unicode escape sequence" in letter.reason
+
+
+async def publish_as_one(driver: Driver, numbers: Iterable[int]) -> None:
+    """Events of one account in one message."""
+    bodies = (body(number, subject="acme-1") for number in numbers)
+    subject = usage_subject(partition=partition_of("acme-1"), source="demo")
+    for payload in message_bodies(bodies):
+        await driver.publish_raw(payload, subject=subject)
+
+
+async def test_what_postgres_cannot_store_of_a_message_is_dead_lettered_alone(
+    driver: Driver, writer: Writer, failing: Failing
+) -> None:
+    await open_all(driver, writer)
+    failing(psycopg.DataError("unsupported Unicode escape sequence"), 1_000)
+    await publish_as_one(driver, range(100))
+    await driver.publish(event(number) for number in range(100, 120))
+    async with subscriber(driver):
+        await eventually(lambda: acknowledged(driver), seconds=15)
+    assert {name: count for name, count in (await driver.counters()).items() if count} == {
+        "new": 119,
+        "charged": 119,
+        "dead": 1,
+    }
+    (letter,) = await list_letters(driver.connection, limit=10)
+    assert letter.payload == body(13, subject="acme-1")
+    assert len(await driver.charged()) == 119
+
+
+async def test_an_event_that_fails_holds_up_none_of_its_message_and_is_tried_again(
+    driver: Driver, writer: Writer, failing: Failing
+) -> None:
+    await open_all(driver, writer)
+    # Its message, then alone: with the message delivered again it works.
+    failing(RuntimeError("a mistake of ours"), 2)
+    await publish_as_one(driver, range(100))
+    async with subscriber(driver):
+        await driver.until_counted(new=99, charged=99)
+        await eventually(lambda: acknowledged(driver), seconds=15)
+    assert {name: count for name, count in (await driver.counters()).items() if count} == {
+        "new": 100,
+        "charged": 100,
+        "duplicate": 99,
+    }
+    assert len(await driver.charged()) == 100
 
 
 async def test_what_we_fail_to_read_is_dead_lettered_alone(

@@ -13,7 +13,7 @@ import httpx2
 import pytest
 from pydantic import SecretStr
 
-from contracts.envelope import SERVER_FILLED
+from contracts.envelope import SERVER_FILLED, events_of
 from contracts.streams import USAGE
 from infra.servers import EmbeddedNats
 from services.kit.database import Writer
@@ -96,8 +96,23 @@ async def test_what_was_acknowledged_is_on_disk(driver: Driver) -> None:
         before = time.monotonic()
         answer = await report(http, driver, [event(number) for number in range(1_000)], content_type=BATCH)
         assert answer.status_code == 204
-        assert await stored(driver.operator_nats, USAGE) == 1_000
         assert time.monotonic() - before < 5
+        on_disk = await events_on_disk(driver)
+        assert {json.loads(each)["id"] for each in on_disk} == {f"use-{number}" for number in range(1_000)}
+        assert len(on_disk) == 1_000
+        # The same request again: nothing more.
+        assert (
+            await report(http, driver, [event(number) for number in range(1_000)], content_type=BATCH)
+        ).status_code == 204
+        assert len(await events_on_disk(driver)) == 1_000
+
+
+async def events_on_disk(driver: Driver) -> list[bytes]:
+    """The events in the stream."""
+    jetstream = driver.operator_nats.jetstream(timeout=5)
+    state = (await jetstream.stream_info(USAGE)).state
+    messages = [await jetstream.get_msg(USAGE, seq) for seq in range(state.first_seq, state.last_seq + 1)]
+    return [event for message in messages for event in events_of(message.data or b"")]
 
 
 async def test_all_problems_of_all_bad_events_are_named_and_nothing_is_taken(driver: Driver) -> None:

@@ -11,6 +11,7 @@ from urllib.parse import quote
 import pytest
 from nats.aio.client import Client
 
+from contracts.envelope import MESSAGE_BYTES_MAX, MESSAGE_EVENTS_MAX
 from contracts.partition import partition_of
 from contracts.streams import CHARGES, METERING_CONSUMER, USAGE, usage_subject
 from services.kit.dead_letters import list_letters
@@ -127,6 +128,55 @@ async def test_bad_messages_are_dead_lettered_and_block_nothing(driver: Driver) 
             letter = next(each for each in letters if each.payload == payload)
             assert place in {problem["field"] for problem in letter.problems}, name
             assert letter.reason
+
+
+def in_one(*bodies: bytes) -> bytes:
+    return b"[" + b", ".join(bodies) + b"]"
+
+
+async def test_each_event_of_a_message_is_what_it_would_be_alone(driver: Driver) -> None:
+    """New, a repeat, a conflict, another partition's, another source's, unreadable: whatever stands beside it."""
+    partition = partition_of("acme-1")
+    subject = usage_subject(partition=partition, source="demo")
+    mine = [body(number, subject="acme-1") for number in range(1, 41)]
+    conflict, elsewhere = body(1, subject="acme-1", data_input_tokens=5), body(50, subject="acme-2")
+    foreign, unreadable = body(51, subject="acme-1", source="other"), b'{"id": 7}'
+    async with driver.running():
+        await open_all(driver)
+        await driver.publish_raw(in_one(*mine, mine[0], conflict, elsewhere, foreign, unreadable), subject=subject)
+        wanted = {"new": 41, "charged": 41, "conflicting": 1, "rerouted": 1, "dead": 2}
+        await driver.until_counted(**wanted, duplicate=1)
+        letters = await list_letters(driver.connection, limit=10)
+        assert {letter.payload for letter in letters} == {foreign, unreadable}
+        assert len({letter.stream_sequence for letter in letters}) == 1
+        # Alone, and in another company: repeats.
+        await driver.publish_raw(mine[3], subject=subject)
+        await driver.publish_raw(b"\n " + in_one(*mine[:10]), subject=subject)
+        await driver.publish_raw(in_one(mine[20]), subject=subject)
+        await driver.until_counted(**wanted, duplicate=13)
+
+        async def all_acknowledged() -> bool:
+            return await unacknowledged(driver.operator_nats) == 0
+
+        await eventually(all_acknowledged)
+    assert len(await driver.charged()) == 41
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        pytest.param(b"[]", id="no event"),
+        pytest.param(in_one(body(1), b"{"), id="not JSON"),
+        pytest.param(in_one(*[b"{}"] * (MESSAGE_EVENTS_MAX + 1)), id="too many"),
+        pytest.param(in_one(body(1), body(2), b'"%s"' % (b"x" * MESSAGE_BYTES_MAX)), id="too long"),
+    ],
+)
+async def test_a_message_that_cannot_be_taken_apart_is_dead_lettered_whole(driver: Driver, payload: bytes) -> None:
+    async with driver.running():
+        await driver.publish_raw(payload)
+        await driver.until_counted(dead=1)
+    (letter,) = await list_letters(driver.connection, limit=10)
+    assert letter.payload == payload
 
 
 async def test_a_letter_is_redriven_and_charged_once_however_often(driver: Driver) -> None:

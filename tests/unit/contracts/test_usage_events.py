@@ -15,6 +15,8 @@ from contracts.envelope import (
     DATA_DEPTH_MAX,
     DATA_MEMBERS_MAX,
     EVENT_BYTES_MAX,
+    MESSAGE_BYTES_MAX,
+    MESSAGE_EVENTS_MAX,
     PROBLEMS_MAX,
     SERVER_FILLED,
     SUBJECT_LENGTH_MAX,
@@ -23,7 +25,9 @@ from contracts.envelope import (
     UsageEvent,
     binary_attributes,
     body_hash,
+    events_of,
     is_account,
+    message_bodies,
     read_quickly,
     read_usage_event,
     structured,
@@ -582,3 +586,27 @@ def canonical(value: Any) -> str:
 def written(value: Any) -> bytes:
     """JSON by an encoder that also writes what JSON forbids: NaN and lone surrogates."""
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+@given(st.lists(any_events.map(lambda raw: json.dumps(raw, ensure_ascii=False).encode()), max_size=20))
+def test_events_come_out_of_messages_as_they_went_in(bodies: list[bytes]) -> None:
+    messages = list(message_bodies(bodies))
+    assert [event for message in messages for event in events_of(message)] == bodies
+
+
+@pytest.mark.parametrize("length", [1, 17, 1_000, EVENT_BYTES_MAX - 1, EVENT_BYTES_MAX])
+@pytest.mark.parametrize("count", [1, 2, 3, 63, MESSAGE_EVENTS_MAX, MESSAGE_EVENTS_MAX + 1])
+def test_a_message_has_as_many_events_as_it_may(length: int, count: int) -> None:
+    body = b'"%s"' % (b"x" * (length - 2)) if length > 1 else b"1"
+    messages = list(message_bodies([body] * count))
+    held = [len(events_of(message)) for message in messages]
+    assert sum(held) == count
+    assert all(len(message) <= MESSAGE_BYTES_MAX for message in messages)
+    for message, events in zip(messages[:-1], held[:-1], strict=True):
+        # One more, its comma, and brackets if there are none yet.
+        assert events == MESSAGE_EVENTS_MAX or len(message) + len(body) + 3 > MESSAGE_BYTES_MAX
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"[", b"[{}, {]", b"{}", b'"[{}]"', b"[{}] {}", b"[" * 5_000])
+def test_what_is_no_array_of_events_is_one_body(body: bytes) -> None:
+    assert events_of(body) == [body]
