@@ -275,7 +275,7 @@ class PullReader:
     async def _let_come(self) -> None:
         """Wait a moment for what was asked for, while the stream has more than is here, and it keeps coming."""
         until = time.monotonic() + _ON_ITS_WAY_SECONDS
-        while any(lane.is_behind() for lane in self._lanes.values()) and time.monotonic() < until:
+        while self._waits and time.monotonic() < until and any(lane.is_behind() for lane in self._lanes.values()):
             self._wake.clear()
             try:
                 async with asyncio.timeout(_ON_ITS_WAY_GAP_SECONDS):
