@@ -344,10 +344,9 @@ WITH totals AS (
 ), sums AS MATERIALIZED (
     SELECT ARRAY[{keys}] AS key, unit, sum(amount) AS amount
     FROM (
-        SELECT {selected}, each ->> 'unit' AS unit, (each ->> 'amount')::numeric AS amount
-        FROM usage_log CROSS JOIN LATERAL jsonb_array_elements(amounts) AS each
-        WHERE amounts IS NOT NULL AND {condition} OFFSET 0
-    ) AS used {after} GROUP BY {keys}, unit
+        SELECT {selected}, amounts FROM usage_log WHERE amounts IS NOT NULL AND {condition} OFFSET 0
+    ) AS used CROSS JOIN LATERAL jsonb_to_recordset(amounts) AS each (unit text, amount numeric)
+    {after} GROUP BY {keys}, unit
 )
 SELECT totals.*, coalesce((SELECT jsonb_object_agg(sums.unit, sums.amount::text) FROM sums
                            WHERE sums.key = totals.key), '{{}}') AS amounts
