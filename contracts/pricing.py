@@ -273,7 +273,7 @@ class PlainItems(msgspec.Struct, frozen=True, gc=False, eq=False):
 class Counter(msgspec.Struct, frozen=True, gc=False):
     """What was counted under an own price, for an account, in a period. `credit`, in steps, is at most 0.
 
-    It is what a volume price has lowered of what was charged already, and is taken off what is charged next.
+    It is what a volume price has lowered of what was charged already: taken off what is charged next, or given back.
     """
 
     quantity: Decimal = _NOTHING

@@ -54,6 +54,10 @@ class ServiceApi:
         """The answer to a command."""
         return self._answer("POST", path, params=query, json=body, headers=headers)
 
+    def remove(self, path: str) -> Json:
+        """The answer to DELETE."""
+        return self._answer("DELETE", path)
+
     def send(self, path: str, body: bytes) -> Json:
         """The answer to JSON that is sent as it is written."""
         return self._answer("POST", path, content=body, headers={"Content-Type": "application/json"})

@@ -27,7 +27,7 @@ UNDER_WAY: Final = ("running", "undoing")
 
 corrections = typer.Typer(
     name="corrections",
-    help="Correct what was charged: void, amend, rerate, backfill, undo; list, show.",
+    help="Correct what was charged: void, amend, rerate, backfill, discard, undo; list, show.",
     no_args_is_help=True,
 )
 
@@ -154,6 +154,12 @@ def undo(id: Correction, *, reason: Reason, dry_run: DryRun = False) -> None:
     metering = _metering()
     found = metering.post(f"{_path(id)}/undo", {"reason": reason}, query={"dry_run": dry_run})
     _show(_finished(metering, found))
+
+
+@corrections.command("discard")
+def discard(id: Correction) -> None:
+    """Forget what is staged for a backfill that was not applied. Its record stays."""
+    _show(_metering().remove(_path(id)))
 
 
 @corrections.command("list")

@@ -31,6 +31,7 @@ from services.kit.tracing import configure_tracing
 from services.kit.trimmer import Trimmer
 from services.metering import handlers, translate
 from services.metering.correcting.jobs import Corrector
+from services.metering.correcting.settling import Settler
 from services.metering.domain.prices import PriceBook
 from services.metering.engine import PriceKeeper, Rerouter
 from services.metering.handlers import Known
@@ -140,6 +141,7 @@ async def _running(settings: MeteringSettings, readiness: Readiness) -> AsyncIte
             notify=notify,
         )
         corrector = Corrector(writer=writer("corrections"), prices=prices, notify=notify)
+        settler = Settler(writer=writer("settling"), prices=prices, partitions=lambda: leases.partitions, notify=notify)
         age_max = timedelta(days=settings.metering_age_days_max)
         consumer = next(each for each in CONSUMERS if each.durable == METERING_CONSUMER)
         usage = UsageSubscriber(
@@ -170,6 +172,7 @@ async def _running(settings: MeteringSettings, readiness: Readiness) -> AsyncIte
             essential_task(prices.run(), name="prices"),
             essential_task(rerouter.run(), name="rerouter"),
             essential_task(corrector.run(), name="corrections"),
+            essential_task(settler.run(), name="settling"),
             essential_task(trimmer.run(), name="trimmer"),
         ]
         await broker.start()
@@ -185,8 +188,8 @@ async def _running(settings: MeteringSettings, readiness: Readiness) -> AsyncIte
                 staged=notify,
             )
         finally:
-            for stop in (usage.stop, prices.stop, rerouter.stop, corrector.stop, leases.stop, relay.stop, trimmer.stop):
-                stop()
+            for each in (usage, prices, rerouter, corrector, settler, leases, relay, trimmer):
+                each.stop()
             await finish_tasks(tasks, deadline_seconds=settings.shutdown_seconds / 2)
 
 

@@ -786,6 +786,21 @@ async def find_counters(connection: Connection, keys: Collection[CounterKey]) ->
     }
 
 
+async def find_credit(
+    connection: Connection, partitions: Collection[int], *, without: Collection[CounterKey]
+) -> CounterKey | None:
+    """A counter that carries what is to be given back, and is none of those."""
+    cursor = await connection.execute(
+        """
+        SELECT partition, account, price_id, period FROM price_counters
+        WHERE credit < 0 AND partition = ANY(%s) ORDER BY partition, account, price_id, period LIMIT %s
+        """,
+        [list(partitions), len(without) + 1],
+    )
+    found = [(partition, account, id, at.astimezone(UTC)) for partition, account, id, at in await cursor.fetchall()]
+    return next((key for key in found if key not in without), None)
+
+
 async def write_counters(connection: Connection, counters: Mapping[CounterKey, Counter]) -> None:
     """Write where counters stand now."""
     if not counters:

@@ -242,6 +242,15 @@ price_counters = Table(
     _time("period", primary_key=True),
     Column("quantity", Numeric, nullable=False),
     Column("credit", BigInteger, nullable=False),
+    # What is to be given back.
+    Index(
+        "price_counters_credit",
+        "partition",
+        "account",
+        "price_id",
+        "period",
+        postgresql_where=text("credit < 0"),
+    ),
 )
 
 # What was corrected, why and by whom. Once it is done only an undo changes it. The partition is that of the id.
@@ -267,8 +276,10 @@ corrections = Table(
     Column("undone_by", Text),
     Column("undo_reason", Text),
     _time("undone_at", nullable=True),
-    CheckConstraint("kind IN ('void', 'amend', 'rerate', 'backfill')", name="corrections_kind"),
-    CheckConstraint("state IN ('staging', 'running', 'done', 'undoing', 'undone')", name="corrections_state"),
+    CheckConstraint("kind IN ('void', 'amend', 'rerate', 'backfill', 'settle')", name="corrections_kind"),
+    CheckConstraint(
+        "state IN ('staging', 'running', 'done', 'undoing', 'undone', 'discarded')", name="corrections_state"
+    ),
     Index("corrections_recorded_at", "recorded_at", "id"),
     Index("corrections_under_way", "recorded_at", postgresql_where=text("state IN ('running', 'undoing')")),
 )
@@ -300,7 +311,7 @@ correction_items = Table(
     Index("correction_items_event", "partition", "source", "event_id"),
 )
 
-# Events that a backfill is to log, until it is applied and ever after.
+# Events that a backfill is to log, until it is applied and ever after; or until it is discarded.
 correction_events = Table(
     "correction_events",
     metadata,

@@ -24,6 +24,7 @@ from services.metering.store import Connection
 
 # Of a transaction.
 EVENTS_MAX: Final = 500
+DELETED_MAX: Final = 10_000
 
 _DATA: Final = msgspec.json.Decoder(float_hook=Decimal)
 
@@ -136,6 +137,21 @@ async def stage_events(connection: Connection, correction: Correction, usages: S
         conflicting=[place for place, each in enumerate(usages) if known[each.source, each.event_id] != each.body_hash],
         total=total,
     )
+
+
+async def delete_staged(connection: Connection, correction: Correction) -> bool:
+    """Forget some of what is staged for a correction that was discarded; whether there may be more."""
+    parameters = msgspec.json.decode(correction.parameters, type=Parameters)
+    cursor = await connection.execute(
+        """
+        DELETE FROM correction_events WHERE partition = %(partition)s AND correction = %(correction)s AND number IN (
+            SELECT number FROM correction_events
+            WHERE partition = %(partition)s AND correction = %(correction)s ORDER BY number LIMIT %(limit)s
+        )
+        """,
+        {"partition": parameters.partition, "correction": correction.id, "limit": DELETED_MAX},
+    )
+    return cursor.rowcount == DELETED_MAX
 
 
 async def find_foreign(connection: Connection, usages: Sequence[Usage]) -> dict[str, str]:

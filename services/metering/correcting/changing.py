@@ -4,7 +4,7 @@ Everything about a use, its counters included, is one transaction, under the hea
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Final, assert_never
 
@@ -25,7 +25,9 @@ from services.metering.domain.corrections import (
     Posting,
     moved_back,
     moves,
+    part_of,
     post,
+    put_in,
     take_out,
 )
 from services.metering.domain.prices import CountedFirst, CounterKey, Counts, NoPrice, PriceBook
@@ -167,6 +169,23 @@ class Rating:
             amounts = versions.amounts_of(version.amounts, self._book.units)
             self._move(take_out(self._counters, counts, amounts))
 
+    def put_in(self, version: LoggedVersion) -> None:
+        """Have a charged version counted again, at what it costs."""
+        counts = counts_of(version, self._book)
+        if counts.shares and version.amounts is not None:
+            amounts = versions.amounts_of(version.amounts, self._book.units)
+            self._move(put_in(self._counters, counts, amounts))
+
+    def carry(self, made: LoggedVersion, now: LoggedVersion) -> None:
+        """Have carried what a charged version costs less by now than when it was made, since it was settled."""
+        units = self._book.units
+        was, cost = (versions.amounts_of(each.amounts or "[]", units) for each in (made, now))
+        for share in counts_of(now, self._book).shares:
+            unit = share.unit.name
+            if less := was.pop(unit, 0) - cost.pop(unit, 0):
+                counter = self._counters.get(share.key, Counter())
+                self._move({share.key: Counter(quantity=counter.quantity, credit=counter.credit - less)})
+
     def move_back(self, moved: Sequence[CounterMove]) -> None:
         """Have counters stand where they would without a correction."""
         self._move(moved_back(self._counters, moved))
@@ -215,6 +234,25 @@ def charged(usage: Usage, price: Rated, *, units: Mapping[str, Unit]) -> Charged
     """A use and what it costs."""
     as_json = translate.priced(usage, price, units=units)
     return Charged(usage, price.price_version, as_json.items, as_json.amounts, price.amounts)
+
+
+def lowered(to: Charged, key: CounterKey, steps: int, *, book: PriceBook) -> tuple[Charged, int]:
+    """A use that costs up to so much less, on account of a counter that counts it; and by how much. VersionNotRead."""
+    version = book.find(to.price_version)
+    if version is None:
+        raise VersionNotRead(to.price_version)
+    counts = book.counts(to.usage, version)
+    share = next((each for each in counts.shares if each.key == key), None)
+    if share is None:
+        return to, 0
+    exact = translate.exact_of(to.line_items, share.price.id)
+    steps = min(steps, part_of(share, counts, to.amounts, exact=exact))
+    if not steps:
+        return to, 0
+    items, amounts = translate.settled(to.line_items, to.amounts_json, steps, price_id=share.price.id, unit=share.unit)
+    unit = share.unit.name
+    less = {**to.amounts, unit: to.amounts[unit] - steps}
+    return replace(to, line_items=items, amounts_json=amounts, amounts=less), steps
 
 
 def charged_again(version: LoggedVersion, *, revision: int, units: Mapping[str, Unit]) -> Charged:

@@ -55,7 +55,7 @@ async def step(connection: Connection, correction: Correction, cursor: str | Non
             return await _rerate_step(connection, correction, cursor, book=book)
         case "backfill":
             return await _backfill_step(connection, correction, cursor, book=book)
-        case "void" | "amend":
+        case "void" | "amend" | "settle":
             raise AssertionError(f"{correction.id} is done as soon as it is recorded")
         case _:
             assert_never(correction.kind)

@@ -221,6 +221,17 @@ async def apply(connection: Connection, id: str) -> None:
     )
 
 
+async def discard(connection: Connection, id: str, *, by: str, at: datetime) -> None:
+    """Record that what is staged is never to be applied. The caller has the correction locked."""
+    await connection.execute(
+        """
+        UPDATE corrections SET state = 'discarded', undone_by = %(by)s, undone_at = %(at)s, finished_at = %(at)s
+        WHERE partition = %(partition)s AND id = %(id)s
+        """,
+        {"by": by, "at": at, "partition": partition_of(id), "id": id},
+    )
+
+
 async def begin_undo(connection: Connection, id: str, *, by: str, reason: str, at: datetime) -> None:
     """Record that a correction is to be undone. The caller has it locked."""
     await connection.execute(
@@ -291,6 +302,17 @@ difference::text AS difference, counted::text AS counted, body, recorded_at, und
 """
 
 
+_NAMED: Final = """
+FROM unnest(%s::smallint[], %s::text[], %s::text[], %s::text[], %s::integer[], %s::integer[])
+     AS u (partition, source, event_id, correction, from_revision, revision)
+WHERE (i.partition, i.source, i.event_id) = (u.partition, u.source, u.event_id)
+"""
+_STANDS_AS: Final = f"""
+UPDATE correction_items AS i SET stands_as = u.revision {_NAMED}
+AND i.correction <> u.correction AND NOT i.undone AND i.stands_as = u.from_revision
+"""
+
+
 async def undo_items(connection: Connection, undone: Sequence[tuple[RecordedItem, int | None]]) -> None:
     """Record of items that they are undone, and as which version. Who had made what is restored stands as that."""
     if not undone:
@@ -303,24 +325,28 @@ async def undo_items(connection: Connection, undone: Sequence[tuple[RecordedItem
         [item.from_revision for item, _ in undone],
         [revision for _, revision in undone],
     ]
-    named = """
-        FROM unnest(%s::smallint[], %s::text[], %s::text[], %s::text[], %s::integer[], %s::integer[])
-             AS u (partition, source, event_id, correction, from_revision, revision)
-        WHERE (i.partition, i.source, i.event_id) = (u.partition, u.source, u.event_id)
-    """
     await connection.execute(
         f"""
-        UPDATE correction_items AS i SET undone = true, undone_revision = u.revision {named}
+        UPDATE correction_items AS i SET undone = true, undone_revision = u.revision {_NAMED}
         AND i.correction = u.correction
         """,
         columns,
     )
+    await connection.execute(_STANDS_AS, columns)
+
+
+async def settle_items(connection: Connection, correction: str, settled: Sequence[Item]) -> None:
+    """Have what earlier corrections made stand as what it is now settled as: they can be undone as before."""
     await connection.execute(
-        f"""
-        UPDATE correction_items AS i SET stands_as = u.revision {named}
-        AND i.correction <> u.correction AND NOT i.undone AND i.stands_as = u.from_revision
-        """,
-        columns,
+        _STANDS_AS,
+        [
+            [each.partition for each in settled],
+            [each.source for each in settled],
+            [each.event_id for each in settled],
+            [correction for _ in settled],
+            [each.from_revision for each in settled],
+            [each.to_revision for each in settled],
+        ],
     )
 
 

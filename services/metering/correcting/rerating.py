@@ -26,6 +26,7 @@ from services.metering.correcting.changing import (
     Written,
     charged,
     counts_of,
+    lowered,
     write,
 )
 from services.metering.correcting.versions import LOGGED, Found, LoggedVersion, Place
@@ -292,7 +293,7 @@ async def _recount(
             _by(own.setdefault(each.place.key, {}), share.key, Counter(quantity=-share.quantity))
     open_accounts = await store.find_open(connection, {(each.place.partition, each.account or "") for each in uses})
     now: dict[CounterKey, Counter] = {}
-    to: dict[Key, Charged] = {}
+    made: dict[Key, Charged] = {}
     for each in uses:
         current = each.current
         assert current is not None
@@ -307,15 +308,17 @@ async def _recount(
                     more = counting.counter.quantity - now.get(key, Counter()).quantity
                     _by(own.setdefault(each.place.key, {}), key, Counter(quantity=more))
                     now[key] = counting.counter
-                made = charged(usage, price, units=book.units)
-                if _changes(each, made, counts):
-                    to[each.place.key] = made
+                made[each.place.key] = charged(usage, price, units=book.units)
                 continue
             if usage is not None:
                 _add(counts, "unpriced")
         if current.amounts is not None:
             amounts = versions.amounts_of(current.amounts, book.units)
             now |= put_in(now, counts_of(current, book), amounts)
+    _settle(uses, made, now, book=book)
+    to = {
+        each.place.key: rated for each in uses if (rated := made.get(each.place.key)) and _changes(each, rated, counts)
+    }
     stored = await store.find_counters(connection, {*was, *now})
     if any(stored.get(key, Counter()).quantity != was.get(key, Counter()).quantity for key in {*was, *now}):
         # Some of what was counted is not in the log any more.
@@ -323,7 +326,22 @@ async def _recount(
     if not to:
         return [], {}
     after = {key: now.get(key, Counter()) for key in {*was, *now}}
-    return _with_moves(uses, to, own, moves(stored, after)), after
+    return _with_moves(uses, to, own, moves(stored, after), book=book), after
+
+
+def _settle(
+    uses: Sequence[Found], made: dict[Key, Charged], now: dict[CounterKey, Counter], *, book: PriceBook
+) -> None:
+    """Have the latest of what is re-rated cost less by what a price has lowered: there is no use to take it off."""
+    for key, counter in now.items():
+        credit = counter.credit
+        for each in reversed(uses):
+            if credit >= 0:
+                break
+            if (rated := made.get(each.place.key)) is not None:
+                made[each.place.key], steps = lowered(rated, key, -credit, book=book)
+                credit += steps
+        now[key] = Counter(quantity=counter.quantity, credit=credit)
 
 
 def _with_moves(
@@ -331,13 +349,17 @@ def _with_moves(
     to: Mapping[Key, Charged],
     own: Mapping[Key, Mapping[CounterKey, Counter]],
     total: Iterable[CounterMove],
+    *,
+    book: PriceBook,
 ) -> list[Change]:
-    """Changes with their part of how counters moved. The first has what is nobody's own: the credit."""
+    """Changes with their part of how counters moved. The first has what is nobody's own: what prices changed."""
     rest = {each.key: each.by for each in total}
     changed = [(each, to[each.place.key]) for each in uses if each.place.key in to]
     parts = []
-    for found, _ in changed:
+    for found, made in changed:
         part = {key: by for key, by in own.get(found.place.key, {}).items() if by != Counter()}
+        for key, credit in _own_credit(found, made, book).items():
+            _by(part, key, Counter(credit=credit))
         parts.append(part)
         for key, by in part.items():
             _by(rest, key, Counter(quantity=-by.quantity, credit=-by.credit))
@@ -347,6 +369,18 @@ def _with_moves(
         Change(found, made, [CounterMove(key, by) for key, by in sorted(part.items()) if by != Counter()])
         for (found, made), part in zip(changed, parts, strict=True)
     ]
+
+
+def _own_credit(found: Found, made: Charged, book: PriceBook) -> dict[CounterKey, int]:
+    """What is carried less since a use is charged more: so each can be undone by itself."""
+    current, version = found.current, book.find(made.price_version)
+    assert current is not None
+    assert version is not None
+    more = dict(made.amounts)
+    for unit, steps in versions.amounts_of(current.amounts or "[]", book.units).items():
+        more[unit] = more.get(unit, 0) - steps
+    shares = (*book.counts(made.usage, version).shares, *counts_of(current, book).shares)
+    return {share.key: -steps for share in shares if (steps := more.pop(share.unit.name, 0))}
 
 
 def _by(counters: dict[CounterKey, Counter], key: CounterKey, more: Counter) -> None:

@@ -1,5 +1,6 @@
 """Undoing a correction: use by use, by the same difference. What was corrected since is left as it is."""
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Final
 
@@ -7,6 +8,7 @@ import msgspec
 
 from contracts.envelope import read_usage_event
 from contracts.partition import PARTITION_COUNT
+from contracts.pricing import OwnPrice
 from services.metering import store
 from services.metering.correcting import records, versions
 from services.metering.correcting.changing import (
@@ -17,11 +19,13 @@ from services.metering.correcting.changing import (
     WaitsForAlias,
     Written,
     charged_again,
+    counts_of,
     write,
 )
 from services.metering.correcting.records import RecordedItem
 from services.metering.correcting.rerating import EVENTS_MAX, Counts
 from services.metering.correcting.versions import Found, LoggedVersion, Place
+from services.metering.domain.prices import CounterKey, PriceBook
 from services.metering.domain.usage import Usage
 from services.metering.queries.archive import check_not_archived
 from services.metering.store import Connection
@@ -71,13 +75,16 @@ async def undo_slice(connection: Connection, task: Task, cursor: Cursor) -> Undo
             at = each.place.occurred_at
             await check_not_archived(connection, since=at, until=at + timedelta(microseconds=1))
     undone = [(each, uses[each.key]) for each in items if each.key in places and _stands(each, uses[each.key])]
+    counted = _counted(undone, task.book)
     rating = await Rating.of(
         connection,
         [(found, _anew(item, found)) for item, found in undone],
         book=task.book,
-        further=(each.key for item, _ in undone for each in item.moves),
+        further={*counted, *(each.key for item, _ in undone for each in item.moves)},
     )
-    changes = [_restored(item, found, rating, task) for item, found in undone]
+    # Under one price the count says what is carried, whatever was counted since. Else counters go back as they came.
+    recount = all(len(prices) == 1 for prices in counted.values())
+    changes = [_restored(item, found, rating, task, recount=recount) for item, found in undone]
     written = await write(connection, changes, task, heads=heads, counters=rating.moved())
     revisions = {(each.partition, each.source, each.event_id): each.to_revision for each in written.items}
     await records.undo_items(connection, [(item, revisions[item.key]) for item, _ in undone])
@@ -102,7 +109,11 @@ def _stands(item: RecordedItem, found: Found) -> bool:
 
 def _before(item: RecordedItem, found: Found) -> LoggedVersion | None:
     """The version that was before the correction, if it is logged."""
-    return next((each for each in found.versions if each.revision == item.from_revision), None)
+    return _version(found, item.from_revision)
+
+
+def _version(found: Found, revision: int | None) -> LoggedVersion | None:
+    return next((each for each in found.versions if each.revision == revision), None)
 
 
 def _anew(item: RecordedItem, found: Found) -> Usage | None:
@@ -113,11 +124,36 @@ def _anew(item: RecordedItem, found: Found) -> Usage | None:
     return msgspec.structs.replace(before.usage(), revision=found.next_revision)
 
 
-def _restored(item: RecordedItem, found: Found, rating: Rating, task: Task) -> Change:
-    if found.current is not None and found.current.price_version is not None and not item.charged:
+def _counted(undone: Sequence[tuple[RecordedItem, Found]], book: PriceBook) -> dict[CounterKey, set[OwnPrice]]:
+    """The counters that count uses as they are, or were before, and the prices under which they do."""
+    found: dict[CounterKey, set[OwnPrice]] = {}
+    for item, use in undone:
+        for version in (use.current, _before(item, use)):
+            for share in () if version is None else counts_of(version, book).shares:
+                found.setdefault(share.key, set()).add(share.price)
+    return found
+
+
+def _recounted(item: RecordedItem, found: Found, rating: Rating, *, recount: bool) -> None:
+    """Have counters stand as if the correction had not been."""
+    before, current = _before(item, found), found.current
+    if recount:
+        if current is not None:
+            rating.take_out(current)
+        if before is not None and before.price_version is not None:
+            rating.put_in(before)
+        return
+    if current is not None and current.price_version is not None and not item.charged:
         # It had waited, and was charged since.
-        rating.take_out(found.current)
+        rating.take_out(current)
+    elif current is not None and (made := _version(found, item.to_revision)) is not None:
+        # What was settled of it since is carried again.
+        rating.carry(made, current)
     rating.move_back(item.moves)
+
+
+def _restored(item: RecordedItem, found: Found, rating: Rating, task: Task, *, recount: bool) -> Change:
+    _recounted(item, found, rating, recount=recount)
     if item.body is not None:
         event, _ = read_usage_event(item.body, bytes_max=FORWARDED_BYTES_MAX)
         last = found.waiting.revision if found.waiting is not None else item.from_revision or 0

@@ -5,13 +5,14 @@ Of every use the ledger has, in each unit, what its current version costs; nothi
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import ROUND_FLOOR, Context, Decimal, localcontext
 from typing import Final, Literal
 
 from contracts.pricing import Counter
-from services.metering.domain.prices import CounterKey, Counts, steps_of
+from services.metering.domain.prices import CounterKey, Counts, Share, steps_of
 
-Kind = Literal["void", "amend", "rerate", "backfill"]
-State = Literal["staging", "running", "done", "undoing", "undone"]
+Kind = Literal["void", "amend", "rerate", "backfill", "settle"]
+State = Literal["staging", "running", "done", "undoing", "undone", "discarded"]
 
 # Steps by unit.
 Amounts = Mapping[str, int]
@@ -123,6 +124,8 @@ def _above_zero(amounts: Amounts) -> dict[str, int]:
 
 Counters = Mapping[CounterKey, Counter]
 NOT_COUNTED: Final = Counter()
+# Wide enough that nothing is cut off.
+_EXACT: Final = Context(prec=200)
 
 
 def take_out(counters: Counters, counts: Counts, amounts: Amounts) -> dict[CounterKey, Counter]:
@@ -158,6 +161,18 @@ def _moved(counters: Counters, counts: Counts, amounts: Amounts, *, by: int) -> 
         taken[unit] = taken.get(unit, 0) - part
         moved[share.key] = Counter(quantity=quantity, credit=before.credit + more - by * part)
     return moved
+
+
+def part_of(share: Share, counts: Counts, amounts: Amounts, *, exact: Decimal) -> int:
+    """What a use that costs `amounts` was charged under one of the prices that count it, in steps, at most.
+
+    `exact` is what its items say of that price. No more than that can be given back to it on account of the price.
+    """
+    unit = share.unit.name
+    with localcontext(_EXACT):
+        # Both what all had cost before and after it were rounded: that is at most a step.
+        priced = int((exact * 10**share.unit.scale).to_integral_value(ROUND_FLOOR)) + 1
+    return max(min(amounts.get(unit, 0) - counts.fixed.get(unit, 0), priced), 0)
 
 
 @dataclass(frozen=True, slots=True)

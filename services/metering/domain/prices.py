@@ -21,6 +21,7 @@ from contracts.pricing import (
     Rate,
     Rated,
     Unpriced,
+    period_start,
     periods,
     rate,
     rate_event,
@@ -86,6 +87,12 @@ class Counts:
 
     shares: Sequence[Share] = ()
     fixed: Mapping[str, int] = field(default_factory=dict)
+
+
+def period_end(period: Period, start: datetime) -> datetime:
+    """When the period of the calendar ends that begins at a time (UTC)."""
+    longest = {"day": 1, "month": 31, "year": 366}
+    return period_start(period, start + timedelta(days=longest[period]))
 
 
 def steps_of(price: OwnPrice, quantity: Decimal, *, unit: Unit) -> int:
@@ -249,15 +256,22 @@ class PriceBook:
             shares.append(Share(key=key, price=price, unit=unit, quantity=each.counter.quantity))
         return Counts(tuple(shares), fixed)
 
+    def counted_price(self, id: str) -> OwnPrice | None:
+        """An own price with a period, as one of the versions has it: all count the same, in the same unit."""
+        return next((each for each in self._counted_prices() if each.id == id), None)
+
     def counts_types(self) -> Mapping[str, Period]:
         """Types of events that some version counts in a period, with the longest one that any does."""
         found: dict[str, Period] = {}
+        for price in self._counted_prices():
+            assert price.period is not None
+            found[price.type] = max(found.get(price.type, price.period), price.period, key=_PERIODS.index)
+        return found
+
+    def _counted_prices(self) -> Iterator[OwnPrice]:
         for version in self._versions:
             layers: Iterable[PriceVersion | Override] = (version, *version.plans.values(), *version.accounts.values())
-            for price in (price for each in layers for price in each.prices):
-                if price.period is not None:
-                    found[price.type] = max(found.get(price.type, price.period), price.period, key=_PERIODS.index)
-        return found
+            yield from (price for each in layers for price in each.prices if price.period is not None)
 
     def _price_event(
         self, usage: Usage, counted: Mapping[CounterKey, Counter] | None, under: PriceVersion | None

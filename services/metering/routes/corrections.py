@@ -232,6 +232,7 @@ def _add_backfilling(router: APIRouter, backend: Callable[[], Backend], limits: 
         responses={
             **_UNKNOWN,
             200: {"model": CorrectionView, "description": "A dry run; or it is applied, or being applied, already"},
+            409: {"description": "It was discarded"},
         },
         dependencies=[operator],
     )
@@ -244,6 +245,8 @@ def _add_backfilling(router: APIRouter, backend: Callable[[], Backend], limits: 
         """Log and charge what is staged, and have void what it replaces. It goes on after the answer."""
         async with connection(backend()) as connected, connected.transaction():
             found = await _locked(connected, id)
+            if found.state == "discarded":
+                raise _not_staging(found)
             is_new = found.state == "staging"
             if is_new and not dry_run:
                 await records.apply(connected, id)
@@ -251,6 +254,25 @@ def _add_backfilling(router: APIRouter, backend: Callable[[], Backend], limits: 
         if is_new and dry_run:
             return await _previewed(backend(), replace(found, state="running"))
         backend().correcting()
+        return await _shown(backend(), id)
+
+    @router.delete(
+        "/api/v1/corrections/{id}",
+        responses={**_UNKNOWN, 409: {"description": "It was applied: undo it; or it is no backfill"}},
+    )
+    async def discard(id: _Id, *, principal: Principal = operator) -> CorrectionView:
+        """Forget what is staged, for good. The record stays, as `discarded`, and again it is that already."""
+        async with connection(backend()) as connected:
+            async with connected.transaction():
+                found = await _locked(connected, id)
+                if found.state not in ("staging", "discarded"):
+                    raise _not_staging(found)
+                if found.state == "staging":
+                    await records.discard(connected, id, by=principal.name, at=now())
+                    log.info("correction discarded", id=id, by=principal.name)
+            # Whoever dies here leaves what whoever asks again deletes.
+            while await backfilling.delete_staged(connected, found):
+                pass
         return await _shown(backend(), id)
 
 
@@ -263,7 +285,7 @@ def _add_undoing(router: APIRouter, backend: Callable[[], Backend]) -> None:
         responses={
             **_UNKNOWN,
             200: {"model": CorrectionView, "description": "A dry run; or it is undone, or being undone, already"},
-            409: {"description": "It is still under way"},
+            409: {"description": "It is under way; it was discarded; or it settled what a price had lowered"},
         },
     )
     async def undo(
@@ -280,6 +302,11 @@ def _add_undoing(router: APIRouter, backend: Callable[[], Backend]) -> None:
         """
         async with connection(backend()) as connected, connected.transaction():
             found = await _locked(connected, id)
+            if found.kind == "settle":
+                said = f"the correction {id} gave back what a price has lowered: correct the use that did, or re-rate"
+                raise Problem(409, "settled", said)
+            if found.state == "discarded":
+                raise _not_staging(found)
             if found.state in ("staging", "running"):
                 raise Problem(409, "under_way", f"the correction {id} is {found.state}: undo it once it is done")
             is_new = found.state == "done"
@@ -382,7 +409,9 @@ async def _staging(backend: Backend, id: str) -> Correction:
 
 
 def _not_staging(found: Correction) -> Problem:
-    return Problem(409, "not_staging", f"the correction {found.id}, a {found.kind}, is {found.state}: no events for it")
+    return Problem(
+        409, "not_staging", f"the correction {found.id}, a {found.kind}, is {found.state}: nothing is staged"
+    )
 
 
 def _bodies(body: bytes, *, events_max: int) -> list[bytes]:

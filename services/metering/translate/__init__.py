@@ -4,9 +4,11 @@ from services.metering.translate.charges import (
     Priced,
     correction_row,
     difference_line,
+    exact_of,
     outbox_row,
     priced,
     reversal_line,
+    settled,
 )
 from services.metering.translate.prices import (
     InvalidVersion,
@@ -63,6 +65,7 @@ __all__ = [
     "difference_line",
     "difference_row",
     "events_of_message",
+    "exact_of",
     "further_as_json",
     "logged_usage",
     "message_id",
@@ -82,6 +85,7 @@ __all__ = [
     "reporter_of",
     "rerouted",
     "reversal_line",
+    "settled",
     "source_of",
     "staged_usage",
     "stored_at",

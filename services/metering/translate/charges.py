@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
-from decimal import Decimal
+from decimal import Context, Decimal, localcontext
 from functools import lru_cache
 from typing import Final
 
@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from contracts.ids import HoldId, partition_of_id
 from contracts.metering import CHARGES_RATED, MODEL_LENGTH_MAX, OTHER_PROVIDER
-from contracts.money import Unit, format_amount
+from contracts.money import Unit, format_amount, parse_amount
 from contracts.pricing import PlainItems, PlainPlan, PlainRow, Rated
 from contracts.streams import charges_rated_subject
 from services.kit.outbox import OutboxRow
@@ -95,6 +95,10 @@ class _Said(msgspec.Struct):
 
 
 _ENCODER: Final = msgspec.json.Encoder()
+_ITEMS: Final = msgspec.json.Decoder(list[_Item])
+_AMOUNTS: Final = msgspec.json.Decoder(list[_Amount])
+# Sums of items are exact: none of them has as many digits.
+_EXACT: Final = Context(prec=200)
 _SAID: Final = msgspec.json.Decoder(_Said)
 _HOLD: Final[TypeAdapter[str]] = TypeAdapter(HoldId)
 _NOT_IN_A_NAME: Final = re.compile(r"[\s\x00-\x1f]+")
@@ -143,6 +147,25 @@ def priced(usage: Usage, rated: Rated, *, units: Mapping[str, Unit], traceparent
         items=_ENCODER.encode(items).decode(),
         amounts=_ENCODER.encode(amounts).decode(),
     )
+
+
+def exact_of(items: str, price_id: str) -> Decimal:
+    """What the items of the log say that a use costs under an own price."""
+    with localcontext(_EXACT):
+        return sum((Decimal(each.exact) for each in _ITEMS.decode(items) if each.price_id == price_id), Decimal(0))
+
+
+def settled(items: str, amounts: str, steps: int, *, price_id: str, unit: Unit) -> tuple[str, str]:
+    """Items and amounts of the log with so much less, on account of an own price that later use has lowered."""
+    less = format_amount(-steps, unit)
+    adjustment = _Item("adjustment", 1, unit.name, less, 1, less, "settled", price_id)
+    lowered = [
+        _Amount(format_amount(parse_amount(each.amount, unit) - steps, unit), each.unit)
+        if each.unit == unit.name
+        else each
+        for each in _AMOUNTS.decode(amounts)
+    ]
+    return _ENCODER.encode([*_ITEMS.decode(items), adjustment]).decode(), _ENCODER.encode(lowered).decode()
 
 
 def difference_line(

@@ -153,12 +153,13 @@ class CorrectionView(BaseModel):
 
     `counts` are events by what became of them, `difference` what they cost more in all, by unit. `done` of `of` says
     how far a long one is. Of a dry run nothing is stored; `complete` says whether it looked at all there is.
-    `events` and `accounts` are the first ones it did something to, null where they are asked for apart.
+    `events` and `accounts` are the first ones it did something to, null where they are asked for apart. `undone_by`
+    also says who discarded a backfill. What a price has lowered is given back as `settle`, by metering itself.
     """
 
     id: str | None
-    kind: Literal["void", "amend", "rerate", "backfill"]
-    state: Literal["dry_run", "staging", "running", "done", "undoing", "undone"]
+    kind: Literal["void", "amend", "rerate", "backfill", "settle"]
+    state: Literal["dry_run", "staging", "running", "done", "undoing", "undone", "discarded"]
     reason: str
     actor: str
     parameters: Mapping[str, Any]

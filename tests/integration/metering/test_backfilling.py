@@ -1,5 +1,6 @@
 """Backfilling: what is staged is logged and charged once, however old; with replace, it is what the period holds."""
 
+import asyncio
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any, Final
@@ -194,3 +195,44 @@ async def test_a_backfill_goes_on_where_whoever_died_left_it(driver: Driver, mon
         assert (await correct(http, driver, {"id": "v", "kind": "void", "events": named(2)}))["counts"][
             "unchanged"
         ] == 1
+
+
+async def test_what_is_staged_is_discarded_for_good_and_nothing_else_is(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backfilling, "DELETED_MAX", 3)
+    async with driver.running() as http:
+        await add(http, driver, version())
+        await driver.open("acme-1")
+        await driver.until_open(["acme-1"])
+        for id in ("b", "c"):
+            await correct(http, driver, {"id": id, **BACKFILL})
+            await stage(http, driver, id, [of_acme(number) for number in range(8)])
+        staged = "SELECT correction, count(*) FROM correction_events GROUP BY correction ORDER BY correction"
+
+        async def discard(id: str, *, status: int = 200) -> Json:
+            answer = await http.delete(f"/api/v1/corrections/{id}", headers=driver.headers("operator"))
+            assert answer.status_code == status, answer.text
+            found: Json = answer.json()
+            return found
+
+        at_once = await asyncio.gather(discard("b"), discard("b"))
+        assert [(each["state"], each["undone_by"]) for each in at_once] == [("discarded", "operator")] * 2
+        assert await discard("b") == at_once[0]
+        assert await driver.rows(staged) == [("c", 8)]
+        # It takes nothing any more, and is not begun again under its id.
+        assert (await stage(http, driver, "b", [of_acme(1)], status=409))["code"] == "not_staging"
+        for path in ("apply", "undo"):
+            answer = await http.post(
+                f"/api/v1/corrections/b/{path}", json={"reason": "no"}, headers=driver.headers("operator")
+            )
+            assert (answer.status_code, answer.json()["code"]) == (409, "not_staging")
+        assert (await correct(http, driver, {"id": "b", **BACKFILL}, status=200))["state"] == "discarded"
+        await apply(http, driver, "c")
+        assert (await discard("c", status=409))["code"] == "not_staging"
+        assert (await discard("nobody", status=404))["code"] == "unknown_correction"
+        await correct(http, driver, {"id": "v", "kind": "void", "events": named(1)})
+        assert (await discard("v", status=409))["code"] == "not_staging"
+        refused = await http.delete("/api/v1/corrections/c", headers=driver.headers("demo"))
+        assert refused.status_code == 403
+        assert await driver.rows(staged) == [("c", 8)]

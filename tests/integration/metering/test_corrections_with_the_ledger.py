@@ -152,6 +152,20 @@ async def test_balances_follow_every_correction_and_its_undoing(driver: Driver, 
         assert await both(http, driver, ledger) == start
 
 
+async def test_what_a_price_has_lowered_is_back_in_the_wallet(driver: Driver, ledger: Ledger) -> None:
+    tiers = [{"up_to": "10", "price": "0.1"}, {"up_to": None, "price": "0.05"}]
+    price = {"id": "renders", "type": "render", "unit": "usd", "kind": "volume", "tiers": tiers, "period": "month"}
+    async with driver.running() as http:
+        await add(http, driver, version() | {"prices": [price]})
+        await driver.until_open(ACCOUNTS)
+        for number in range(11):
+            await driver.publish([event(number, type="render", subject="acme-1") | {"data": {}}])
+            await driver.until_counted(new=number + 1, charged=number + 1)
+        # Eleven at 0.05, and not ten at 0.1.
+        await ledger.settled({"acme-1": GRANTED - Decimal("0.55"), "acme-2": GRANTED})
+        assert (await both(http, driver, ledger))["acme-1"] == GRANTED - Decimal("0.55")
+
+
 async def test_whatever_is_corrected_at_once_both_have_the_same(driver: Driver, ledger: Ledger) -> None:
     chance = random.Random(5)
     async with driver.running() as http, driver.running() as other:

@@ -61,7 +61,7 @@ RUNTIME: Final[Mapping[str, Mapping[str, str]]] = {
             "SELECT INSERT UPDATE(counts,cursor,difference,finished_at,state,undo_reason,undone_at,undone_by)"
         ),
         "correction_items": "SELECT INSERT UPDATE(stands_as,undone,undone_revision)",
-        "correction_events": ADD,
+        "correction_events": "SELECT INSERT DELETE",
         # Written by the owner, who drops months and brings them back.
         "archived_months": READ,
         # The bundles are the record of what was charged.

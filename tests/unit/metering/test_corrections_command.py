@@ -92,6 +92,12 @@ def test_what_is_void_is_named_by_source_and_id(metering: Metering) -> None:
     assert "undone" in shown.output
 
 
+def test_what_is_staged_is_discarded_by_its_id(metering: Metering) -> None:
+    shown = run("discard", "a:b")
+    assert shown.exit_code == 0, shown.output
+    assert metering.asked == [("DELETE", "/a%3Ab", None)]
+
+
 def test_a_dry_run_needs_no_id_and_says_that_it_is_one(metering: Metering) -> None:
     shown = run("rerate", "*", *PERIOD, "--price-version", "v2", "--dry-run").output
     ((_, path, body),) = metering.asked

@@ -1,0 +1,181 @@
+"""Giving back what a price has lowered of what was charged already, soon after, instead of taking it off later use.
+
+So what an account is charged in a period under one price is what all of it costs, in whatever order it was used.
+"""
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC
+from hashlib import sha256
+from typing import Final
+
+import msgspec
+
+from contracts.pricing import Counter
+from services.kit.clock import now
+from services.kit.database import DATABASE_AWAY, Writer
+from services.kit.outbox import OutboxRow
+from services.kit.telemetry import FAULTS, get_logger
+from services.kit.worker import Worker
+from services.metering import store
+from services.metering.correcting import records, versions
+from services.metering.correcting.amending import CorrectionExists, total
+from services.metering.correcting.changing import Change, Task, VersionNotRead, charged_again, lowered, write
+from services.metering.correcting.records import NewCorrection, Progress
+from services.metering.correcting.versions import Place
+from services.metering.domain.corrections import NOT_COUNTED, CounterMove
+from services.metering.domain.prices import CounterKey, PriceBook, period_end
+from services.metering.engine import PriceKeeper
+from services.metering.store import Connection
+
+log = get_logger(__name__)
+
+POLL_SECONDS: Final = 1.0
+# What cannot be given back waits for use to be taken off; or for its month, if that is archived.
+RETRY_SECONDS: Final = 60.0
+# Of a transaction: each is a line given back, and no bundle takes more.
+EVENTS_MAX: Final = 250
+ACTOR: Final = "metering"
+REASON: Final = "later use has lowered what this cost"
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What a transaction gave back under a counter: nothing, if no use that it counts is there to be given back to."""
+
+    id: str | None = None
+    rows: Sequence[OutboxRow] = ()
+
+
+async def settle(connection: Connection, key: CounterKey, *, book: PriceBook) -> Settled:
+    """Give back a counter's credit to the latest use that it counts, in the caller's transaction. VersionNotRead.
+
+    What is more than one transaction gives back stays in the counter.
+    """
+    partition, account, price_id, period = key
+    heads = await store.lock_heads(connection, [partition])
+    counter = (await store.find_counters(connection, [key])).get(key, NOT_COUNTED)
+    if counter.credit >= 0:
+        # Use that came meanwhile took it, or somebody else gave it back.
+        return Settled()
+    price = book.counted_price(price_id)
+    if price is None or price.period is None:
+        raise VersionNotRead(f"with {price_id}")
+    cursor = await connection.execute(
+        """
+        SELECT partition, source, event_id, occurred_at FROM usage_log
+        WHERE partition = %s AND account = %s AND type = %s AND occurred_at >= %s AND occurred_at < %s
+              AND NOT superseded
+              AND (SELECT sum((each ->> 'exact')::numeric) FROM jsonb_array_elements(line_items) AS each
+                   WHERE each ->> 'price_id' = %s) > 0
+              AND EXISTS (SELECT FROM jsonb_array_elements(amounts) AS each
+                          WHERE each ->> 'unit' = %s AND (each ->> 'amount')::numeric > 0)
+        ORDER BY occurred_at DESC, source DESC, event_id DESC LIMIT %s
+        """,
+        [partition, account, price.type, period, period_end(price.period, period), price_id, price.unit, EVENTS_MAX],
+    )
+    rows = await cursor.fetchall()
+    places = [Place(number, source, id, at.astimezone(UTC)) for number, source, id, at in rows]
+    uses = await versions.find_uses(connection, places)
+    changes: list[Change] = []
+    credit = counter.credit
+    for found in (uses[place.key] for place in places):
+        if credit == 0:
+            break
+        assert found.current is not None
+        again = charged_again(found.current, revision=found.next_revision, units=book.units)
+        to, steps = lowered(again, key, -credit, book=book)
+        if steps:
+            credit += steps
+            changes.append(Change(found, to, [CounterMove(key, Counter(credit=steps))]))
+    if not changes:
+        return Settled()
+    new = _correction(key, changes, unit=price.unit)
+    if not await records.begin(connection, new, state="running", recorded_at=now()):
+        raise CorrectionExists(new.id)
+    counters = {key: Counter(quantity=counter.quantity, credit=credit)}
+    written = await write(connection, changes, Task(new.id, new.reason, book), heads=heads, counters=counters)
+    await records.add_items(connection, new.id, written.items)
+    await records.settle_items(connection, new.id, written.items)
+    counts = {"events": len(changes), "corrected": len(changes)}
+    await records.write_progress(connection, new.id, Progress("done", None, counts, total(written.items), now()))
+    return Settled(new.id, written.rows)
+
+
+def _correction(key: CounterKey, changes: Sequence[Change], *, unit: str) -> NewCorrection:
+    """Its record. The id says what is given back, and of which versions: that is only ever done once."""
+    partition, account, price, period = key
+    given_back = [
+        (each.found.place.source, each.found.place.event_id, each.found.next_revision, each.counted[0].by.credit)
+        for each in changes
+    ]
+    body_hash = sha256(msgspec.json.encode((partition, account, price, period, given_back))).digest()
+    return NewCorrection(
+        id=f"settle:{body_hash.hex()[:32]}",
+        kind="settle",
+        body_hash=body_hash,
+        parameters=records.as_json({"account": account, "price": price, "period": period.isoformat(), "unit": unit}),
+        reason=REASON,
+        actor=ACTOR,
+    )
+
+
+class Settler(Worker):
+    """Gives back what counters of this process's partitions carry, counter by counter, each a transaction."""
+
+    def __init__(
+        self,
+        *,
+        writer: Writer,
+        prices: PriceKeeper,
+        partitions: Callable[[], frozenset[int]],
+        notify: Callable[[Sequence[OutboxRow]], None],
+        poll_seconds: float = POLL_SECONDS,
+    ) -> None:
+        """`writer` is the settler's own. `notify` is told what has been committed to the outbox."""
+        super().__init__(place="metering.settle", poll_seconds=poll_seconds)
+        self._writer = writer
+        self._prices = prices
+        self._partitions = partitions
+        self._notify = notify
+        # Counters that cannot be settled, and when they are looked at again: they must not hold up the others.
+        self._failed: dict[CounterKey, float] = {}
+
+    async def round(self) -> bool:
+        """Some of the credit of one counter; False: there is none."""
+        if not (partitions := self._partitions()):
+            return False
+        key: CounterKey | None = None
+        try:
+            async with self._writer.transaction() as connection:
+                key = await store.find_credit(connection, partitions, without=self._put_off())
+                if key is None:
+                    return False
+                settled = await settle(connection, key, book=self._prices.book())
+        except VersionNotRead as error:
+            assert key is not None
+            log.info("credit waits for the price book", counter=str(key), reason=str(error))
+            self._failed[key] = time.monotonic() + self._poll_seconds
+            with suppress(ValueError):
+                await self._prices.refresh()
+            return True
+        except DATABASE_AWAY:
+            raise
+        except Exception as error:
+            FAULTS.labels(place="metering.settle").inc()
+            log.error("credit not given back", counter=str(key), retry_seconds=RETRY_SECONDS, exc_info=error)
+            if key is None:
+                raise
+            self._failed[key] = time.monotonic() + RETRY_SECONDS
+            return True
+        if settled.id is None:
+            self._failed[key] = time.monotonic() + RETRY_SECONDS
+        self._notify(settled.rows)
+        return True
+
+    def _put_off(self) -> Collection[CounterKey]:
+        present = time.monotonic()
+        self._failed = {key: until for key, until in self._failed.items() if until > present}
+        return self._failed
