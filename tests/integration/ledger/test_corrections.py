@@ -16,7 +16,7 @@ from contracts.metering import ChargeLine, ReversalLine
 from contracts.money import Amount
 from contracts.partition import partition_of, token
 from contracts.streams import charges_rated_subject
-from infra.cli import app as scrip
+from infra.cli import app_for
 from infra.commands import ledger as commands
 from services.kit.ids import new_hold_id
 from services.ledger import audit_sql
@@ -307,7 +307,7 @@ async def test_the_command_line_shows_what_a_correction_gave_back_when_and_why(
 
     monkeypatch.setattr(commands, "ServiceApi", Answering)
     arguments = ["charge", "demo", "e1"] if asked == "charge" else ["transaction", named]
-    result = CliRunner().invoke(scrip, arguments, env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app_for(arguments), arguments, env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     for shown in (given_back["recorded_at"], "105 usd", "prices [2]", "july"):
         assert shown in result.output
