@@ -43,10 +43,10 @@ REASON: Final = "later use has lowered what this cost"
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """What a transaction gave back under a counter: nothing, if no use that it counts is there to be given back to."""
+    """What a transaction gave back under a counter. `is_stuck`: no use that it counts is there to be given back to."""
 
-    id: str | None = None
     rows: Sequence[OutboxRow] = ()
+    is_stuck: bool = False
 
 
 async def settle(connection: Connection, key: CounterKey, *, book: PriceBook) -> Settled:
@@ -91,7 +91,7 @@ async def settle(connection: Connection, key: CounterKey, *, book: PriceBook) ->
             credit += steps
             changes.append(Change(found, to, [CounterMove(key, Counter(credit=steps))]))
     if not changes:
-        return Settled()
+        return Settled(is_stuck=True)
     new = _correction(key, changes, unit=price.unit)
     if not await records.begin(connection, new, state="running", recorded_at=now()):
         raise CorrectionExists(new.id)
@@ -101,7 +101,7 @@ async def settle(connection: Connection, key: CounterKey, *, book: PriceBook) ->
     await records.settle_items(connection, new.id, written.items)
     counts = {"events": len(changes), "corrected": len(changes)}
     await records.write_progress(connection, new.id, Progress("done", None, counts, total(written.items), now()))
-    return Settled(new.id, written.rows)
+    return Settled(written.rows)
 
 
 def _correction(key: CounterKey, changes: Sequence[Change], *, unit: str) -> NewCorrection:
@@ -170,7 +170,7 @@ class Settler(Worker):
                 raise
             self._failed[key] = time.monotonic() + RETRY_SECONDS
             return True
-        if settled.id is None:
+        if settled.is_stuck:
             self._failed[key] = time.monotonic() + RETRY_SECONDS
         self._notify(settled.rows)
         return True
