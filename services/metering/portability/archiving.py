@@ -119,6 +119,8 @@ def working_on_log(owner_url: SecretStr) -> Iterator[Connection[TupleRow]]:
         if row is None or not row[0]:
             raise ArchiveInUse("another archive or restore works on this log: wait for it")
         yield connection
+        # Not left to the end of the connection: the server notices that only some time after it was closed here.
+        connection.execute("SELECT pg_advisory_unlock(hashtext('metering.archive'))")
 
 
 def find_contents(connection: Connection[TupleRow], *, since: date, until: date) -> dict[tuple[date, int], Content]:
