@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 
-async def eventually(condition: Callable[[], bool | Awaitable[bool]], *, seconds: float = 5.0) -> None:
+async def eventually(condition: Callable[[], bool | Awaitable[bool]], *, seconds: float = 30.0) -> None:
     """Return once the condition holds; AssertionError if it does not in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

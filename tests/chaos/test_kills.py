@@ -57,7 +57,9 @@ def test_totals_are_exact_after_a_kill_of_each_in_the_middle(
     stack: ScratchStack, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chosen = random.Random(SEED)
-    victims = chosen.sample(VICTIMS, k=len(VICTIMS))
+    victims = chosen.sample([victim for victim in VICTIMS if victim != PUBLISHER], k=len(VICTIMS) - 1)
+    # It waits for nobody but NATS, and is done while others are still being started again: one of the first two.
+    victims.insert(chosen.randrange(2), PUBLISHER)
     with capsys.disabled():
         play_and_kill(stack, Round(name="all", victims=tuple(victims), rows=5000, rate=400, batch=50), chosen, tmp_path)
 
