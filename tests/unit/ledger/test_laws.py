@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
 from typing import Any, Final
 
 import pytest
@@ -15,16 +16,28 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from services.ledger.domain.chain import GENESIS, entry_hash
-from services.ledger.domain.commands import ClaimPayment, Command, Grant, PlaceHold
+from services.ledger.domain.commands import (
+    Adjust,
+    ClaimPayment,
+    Command,
+    ExtendHold,
+    Grant,
+    OpenAccount,
+    PlaceHold,
+    Rule,
+    SetRule,
+    WalletTerms,
+)
 from services.ledger.domain.errors import AlreadyCharged
 from services.ledger.projections import lot_of
-from tests.unit.ledger.book import PARTITION, Book, hold_id, leg, line
+from tests.unit.ledger.book import BEGIN, PARTITION, Book, hold_id, leg, line
 from tests.unit.ledger.world import (
     COMMANDS,
     REFUSALS,
     STEPS,
     Chances,
     Failure,
+    Step,
     World,
     beginning,
     episodes,
@@ -79,6 +92,29 @@ def test_laws_hold_whatever_is_asked_in_whatever_order(capsys: pytest.CaptureFix
     for _ in episodes(1, STEPS_SHORT, counts):
         pass
     assert len(missing(counts)) <= (len(COMMANDS) + len(REFUSALS)) // 20, missing(counts)
+
+
+def test_of_a_list_only_what_is_accepted_has_what_is_due_done_before_it() -> None:
+    """A hold of r/b ends because it holds of r; a refused command leaves r/b as it was by then, whatever is due."""
+    world = World()
+    hold, hour = hold_id(), timedelta(hours=1)
+    daily = Rule(id="cap", unit="usd_cap", amount=10, period="day", anchor=BEGIN - 23 * hour)
+    for command in (
+        OpenAccount(account="r", wallets=(WalletTerms("usd"),)),
+        OpenAccount(account="r/b", wallets=(WalletTerms("usd_cap"),)),
+        Grant(account="r", unit="usd", amount=100, kind="purchase"),
+        SetRule(account="r/b", rule=daily),
+        PlaceHold(hold=hold, account="r/b", legs=(leg("usd", 5),), lifetime_seconds=7_200),
+    ):
+        world.do(Step(commands=(command,)))
+    refused = ExtendHold(hold=hold_id(), account="r/b", lifetime_seconds=900)
+    adjusted = Adjust(account="r", unit="usd", amount=-1, reason="put right")
+    outcomes = world.do(Step(wait=72 * hour, commands=(refused, adjusted), way="listed"))
+    assert [isinstance(outcome, list) for outcome in outcomes] == [False, True]
+    assert world.book.state.holds[hold].status != "placed"
+    (over,) = [lot for lot in world.book.wallet("r/b", "usd_cap").lots.values() if lot.available]
+    assert over.expires_at is not None
+    assert over.expires_at <= world.book.head.recorded_at
 
 
 @pytest.mark.soak
