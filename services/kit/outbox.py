@@ -79,7 +79,8 @@ async def stage(connection: AsyncConnection[TupleRow], rows: Sequence[OutboxRow]
     await connection.execute(
         """
         INSERT INTO outbox (partition, number, subject, message_id, payload, recorded_at)
-        SELECT * FROM unnest(%s::smallint[], %s::bigint[], %s::text[], %s::text[], %b::bytea[], %s::timestamptz[])
+        SELECT unnest(%s::smallint[]), unnest(%s::bigint[]), unnest(%s::text[]), unnest(%s::text[]),
+               unnest(%b::bytea[]), unnest(%s::timestamptz[])
         """,
         [
             [row.partition for row in rows],
@@ -212,7 +213,7 @@ class Relay:
             cursor = await connection.execute(
                 """
                 SELECT o.partition, o.number, o.subject, o.message_id, o.payload, o.recorded_at
-                FROM unnest(%s::smallint[], %s::bigint[]) AS w (partition, number),
+                FROM (SELECT unnest(%s::smallint[]) AS partition, unnest(%s::bigint[]) AS number) AS w,
                      LATERAL (SELECT * FROM outbox WHERE partition = w.partition AND number > w.number
                               ORDER BY number LIMIT %s) AS o
                 ORDER BY o.partition, o.number
@@ -299,7 +300,7 @@ class Relay:
             await connection.execute("SET LOCAL synchronous_commit = off")
             await connection.execute(
                 """
-                INSERT INTO relayed AS r (partition, number) SELECT * FROM unnest(%s::smallint[], %s::bigint[])
+                INSERT INTO relayed AS r (partition, number) SELECT unnest(%s::smallint[]), unnest(%s::bigint[])
                 ON CONFLICT (partition) DO UPDATE SET number = excluded.number WHERE r.number < excluded.number
                 """,
                 [list(reached), list(reached.values())],

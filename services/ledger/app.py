@@ -79,7 +79,12 @@ async def _owning(
 
         def writer(name: str) -> Writer:
             made = Writer(
-                url_with_options(settings.database_url, transaction_timeout=TRANSACTION_TIMEOUT),
+                url_with_options(
+                    settings.database_url,
+                    transaction_timeout=TRANSACTION_TIMEOUT,
+                    # All that is written is asked for by keys: to plan for the keys of one batch gains nothing.
+                    plan_cache_mode="force_generic_plan",
+                ),
                 name=f"{SERVICE}-{name}",
             )
             stack.push_async_callback(made.close)

@@ -434,8 +434,9 @@ _ADVANCE: Final = (
 def _addition(table: Table, new: bool) -> str:
     """INSERT of any number of rows, whose columns are arrays; those that are not new replace what is there."""
     names = ", ".join(column.name for column in table.columns)
-    arrays = ", ".join(f"%s::{column.type.compile(dialect=_POSTGRESQL)}[]" for column in table.columns)
-    statement = f"INSERT INTO {table.name} ({names}) SELECT * FROM unnest({arrays})"
+    # In the list of what is selected they go forth in step; in FROM each would first be copied into a store of its own.
+    arrays = ", ".join(f"unnest(%s::{column.type.compile(dialect=_POSTGRESQL)}[])" for column in table.columns)
+    statement = f"INSERT INTO {table.name} ({names}) SELECT {arrays}"
     if new:
         return statement
     key = ", ".join(column.name for column in table.primary_key)
@@ -568,14 +569,14 @@ def _select(table: Table, *, keys: Mapping[str, str], on: str | None = None) -> 
 
 
 def _keys(keys: Mapping[str, str]) -> str:
-    arrays = ", ".join(f"%s::{kind}[]" for kind in keys.values())
-    return f"unnest({arrays}) AS k ({', '.join(keys)})"
+    return f"(SELECT {', '.join(f'unnest(%s::{kind}[]) AS {name}' for name, kind in keys.items())}) AS k"
 
 
 _ACCOUNT_KEYS: Final = {"partition": "smallint", "account": "text"}
 _HOLD_KEYS: Final = {"partition": "smallint", "hold_id": "uuid", "account": "text"}
 _LOT_KEYS: Final = {"partition": "smallint", "lot_id": "uuid", "account": "text"}
 _PAST_KEYS: Final = {"partition": "smallint", "account": "text", "at": "timestamptz"}
+_COMMAND_KEYS: Final = {"partition": "smallint", "principal": "text", "idempotency_key": "text"}
 _TIME_KEYS: Final = {"partition": "smallint", "since": "timestamptz", "until": "timestamptz"}
 _LINE_KEYS: Final = {"partition": "smallint", "source": "text", "event_id": "text", "revision": "integer"}
 _PAYMENT_KEYS: Final = {"partition": "smallint", "payment": "text", "account": "text", "claiming": "boolean"}
@@ -715,12 +716,12 @@ _LOAD: Final[Mapping[str, bytes]] = {
         keys=_LINE_KEYS | {"account": "text"},
     ),
     "line_lots": _statement(_LINE_LOTS, table=tables.lots, keys=_LINE_KEYS | {"account": "text"}),
-    "commands": _numbered(
+    "commands": _statement(
         """
         SELECT t.partition, t.principal, t.idempotency_key, t.body_hash, t.outcome
-        FROM unnest(%s::smallint[], %s::text[], %s::text[]) AS k (partition, principal, idempotency_key)
-        JOIN commands t USING (partition, principal, idempotency_key)
-        """
+        FROM {keys} JOIN commands t USING (partition, principal, idempotency_key)
+        """,
+        keys=_COMMAND_KEYS,
     ),
     "lines": _statement(
         f"""
@@ -730,11 +731,9 @@ _LOAD: Final[Mapping[str, bytes]] = {
         """,
         keys=_LINE_KEYS,
     ),
-    "bundles": _numbered(
-        """
-        SELECT t.partition, t.number, t.body_hash
-        FROM unnest(%s::smallint[], %s::bigint[]) AS k (partition, number) JOIN bundles t USING (partition, number)
-        """
+    "bundles": _statement(
+        "SELECT t.partition, t.number, t.body_hash FROM {keys} JOIN bundles t USING (partition, number)",
+        keys={"partition": "smallint", "number": "bigint"},
     ),
 }
 
