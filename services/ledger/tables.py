@@ -322,3 +322,8 @@ relayed = relayed_table(metadata)
 leases = leases_table(metadata)
 members = members_table(metadata)
 dead_letters = dead_letters_table(metadata)
+
+
+def place(table: Table, column: str) -> int:
+    """Where a column stands in a table's rows."""
+    return list(table.columns.keys()).index(column)

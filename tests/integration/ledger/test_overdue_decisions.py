@@ -14,7 +14,7 @@ from services.kit.ids import new_hold_id
 from services.ledger import store
 from services.ledger.domain.state import NEVER
 from services.ledger.replay import replay
-from services.ledger.store import Needs
+from services.ledger.store import Needs, loading
 from tests.builders import hold_leg, place_hold
 from tests.conftest import Database
 from tests.integration.ledger.driving import Driver
@@ -92,5 +92,5 @@ async def test_open_holds_are_read_by_their_deadlines_some_at_a_time(
     assert await read(ever, now) == ([], deadlines[0])
     assert await read(ever, deadlines[1]) == (deadlines[:2], deadlines[2])
     assert await read(deadlines[2], deadlines[3]) == (deadlines[2:], NEVER)
-    monkeypatch.setattr(store, "OVERDUE_READ_MAX", 4)
+    monkeypatch.setattr(loading, "OVERDUE_READ_MAX", 4)
     assert await read(ever, NEVER) == (deadlines, deadlines[3] + timedelta(microseconds=1))

@@ -1,15 +1,13 @@
-"""What the store writes is read back as it was: array literals, and everything that a batch may have to know."""
+"""What the store writes is read back as it was: everything that a batch may have to know."""
 
 import json
 from collections.abc import AsyncIterator
 from dataclasses import fields, is_dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from psycopg import AsyncConnection, Connection, connect
+from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
 
 from contracts.partition import partition_of
@@ -19,7 +17,7 @@ from services.ledger.domain.entries import BalanceCrossed, ClaimFrozen, ClawedBa
 from services.ledger.domain.periods import boundary
 from services.ledger.domain.state import PartitionState
 from services.ledger.projections import add_rows, reversed_text
-from services.ledger.store import Needs, Signature, _array
+from services.ledger.store import Needs, Signature
 from tests.conftest import Database
 from tests.integration.ledger.by_hand import (
     BEGIN,
@@ -40,44 +38,6 @@ from tests.integration.ledger.by_hand import (
     used,
     uuid,
 )
-
-texts = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=8) | st.sampled_from(
-    ("", "NULL", "null", '"', "\\", "{", "}", ",", "a\x1fb", "\n", " ")
-)
-times = st.integers(0, 7 * 10**15).map(lambda count: datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=count))
-VALUES: dict[str, st.SearchStrategy[Any]] = {
-    "text": texts,
-    "bigint": st.integers(-(2**63), 2**63 - 1),
-    "boolean": st.booleans(),
-    "bytea": st.binary(max_size=8),
-    "timestamptz": times,
-}
-
-
-@pytest.fixture
-def connection(database: Database) -> Any:
-    with connect(database.superuser_url.get_secret_value(), options="-c timezone=UTC", autocommit=True) as opened:
-        yield opened
-
-
-@pytest.mark.parametrize("kind", sorted(VALUES))
-def test_every_value_survives(connection: Connection[TupleRow], kind: str) -> None:
-    @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-    @given(values=st.lists(VALUES[kind] | st.none() if kind != "bigint" else VALUES[kind], min_size=1, max_size=5))
-    def survives(values: list[Any]) -> None:
-        row = connection.execute(f"SELECT %s::{kind}[]".encode(), [_array(values)]).fetchone()
-        assert row == (values,)
-
-    survives()
-
-
-def test_times_of_other_zones_are_the_same_moment(connection: Connection[TupleRow]) -> None:
-    moment = datetime(2026, 7, 1, 12, tzinfo=UTC) + timedelta(microseconds=1)
-    row = connection.execute("SELECT %s::timestamptz[]", [_array([moment])]).fetchone()
-    assert row == ([moment],)
-
-
-# Written by hand, and read back ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture

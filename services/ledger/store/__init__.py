@@ -1,0 +1,25 @@
+"""The statements of the ledger, set-wise: heads, what a batch needs, what it decided. Only `write` commits."""
+
+from services.ledger.store.due import due_accounts, oldest_due, overdue_holds
+from services.ledger.store.executing import Connection, Row
+from services.ledger.store.heads import take_heads
+from services.ledger.store.loading import TooEntangled, load
+from services.ledger.store.needs import Loaded, Needs
+from services.ledger.store.writing import HeadMoved, Signature, Written, write
+
+__all__ = [
+    "Connection",
+    "HeadMoved",
+    "Loaded",
+    "Needs",
+    "Row",
+    "Signature",
+    "TooEntangled",
+    "Written",
+    "due_accounts",
+    "load",
+    "oldest_due",
+    "overdue_holds",
+    "take_heads",
+    "write",
+]
