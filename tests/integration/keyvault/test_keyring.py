@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from services.keyvault import handlers
 from services.keyvault.domain.keyring import without
+from services.keyvault.handlers import rewrapping
 from services.keyvault.store import rotate_keyring_file
 from services.keyvault.translate import InvalidKeyring, keyring_text, read_keyring
 from tests.integration.keyvault.driving import OPENAI, Driver, Running
@@ -36,7 +36,7 @@ async def test_a_new_version_wraps_at_once_and_old_ones_still_open(driver: Drive
 async def test_rewrapping_goes_on_online_and_lets_the_old_key_go(
     driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handlers, "REWRAP_ROWS_MAX", 2)
+    monkeypatch.setattr(rewrapping, "REWRAP_ROWS_MAX", 2)
     async with driver.running() as keyvault:
         await stored(keyvault)
         before = await driver.rows("SELECT record, ciphertext, commitment, version FROM secrets ORDER BY record")
