@@ -47,7 +47,7 @@ from infra.services import (
 from infra.state import Credentials, Layout, Run
 from services.keyvault.store import make_keyring_file
 from services.kit.catalogue import InvalidCatalogue, load_catalogue
-from services.kit.database import bootstrap, migrate
+from services.kit.database_setup import bootstrap, migrate
 from services.ledger.signing import InvalidSigningKey, ensure_key_files
 
 DATABASE: Final = "scrip"

@@ -40,7 +40,7 @@ from xdist.scheduler import LoadScopeScheduling
 from contracts.streams import CONSUMERS, OPERATOR, STREAMS, inbox_prefix
 from infra.provision import consumer_config, operator, stream_config
 from infra.servers import EmbeddedNats, EmbeddedPostgres, free_port
-from services.kit.database import bootstrap, migrate
+from services.kit.database_setup import bootstrap, migrate
 from services.kit.settings import ServiceSettings
 from services.kit.telemetry import configure_logging
 from tests import hypothesis_profiles

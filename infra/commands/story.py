@@ -14,7 +14,7 @@ def register(app: typer.Typer) -> None:
 
 def story() -> None:
     """Tell the story of an account, on both simulators. Exit code 1 names the step that differs. Every time anew."""
-    # Not imported by every other command, which would start half a second later: it has OpenAI's client.
+    # `scrip --help` imports every command, and would be half a second slower: it has OpenAI's client.
     from infra.demo.story import play  # noqa: PLC0415 - see above
     from infra.demo.story_doors import Target  # noqa: PLC0415 - see above
 

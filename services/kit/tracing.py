@@ -5,38 +5,26 @@ unit, amounts, ids and model; never a secret, a prompt, or the words of an error
 """
 
 import asyncio
-import os
 import re
-import sys
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Literal, Self
 
-import msgspec
 from opentelemetry import context, trace
 
 from services.kit.settings import ServiceSettings
 from services.kit.telemetry import get_logger
 
 if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-    from opentelemetry.sdk.trace.export import SpanExporter
+    from services.kit.trace_export import Exporting
 
 log = get_logger(__name__)
 
 HEADER: Final = "traceparent"
 
-# Spans that wait beyond this are dropped: work is never held up by who looks at it.
-QUEUE_SPANS_MAX: Final = 4_096
-BATCH_SPANS_MAX: Final = 512
-EXPORT_EVERY_SECONDS: Final = 1.0
-EXPORT_SECONDS_MAX: Final = 5
 FLUSH_SECONDS_MAX: Final = 2.0
-ATTRIBUTES_MAX: Final = 32
-ATTRIBUTE_LENGTH_MAX: Final = 400
 
 Attribute = str | int | bool
 Attributes = Mapping[str, Attribute]
@@ -113,20 +101,7 @@ class _Nothing(Span):
 NOTHING: Final[Span] = _Nothing(trace.INVALID_SPAN)
 
 
-class _Running:
-    """What is constructed when tracing is on."""
-
-    def __init__(self, provider: "TracerProvider", opened: ExitStack) -> None:
-        self.provider = provider
-        self.tracer = provider.get_tracer("scrip")
-        self._opened = opened
-
-    def close(self) -> None:
-        self.provider.shutdown()
-        self._opened.close()
-
-
-_running: _Running | None = None
+_running: "Exporting | None" = None
 
 
 # On and off -----------------------------------------------------------------------------------------------------------
@@ -137,7 +112,9 @@ def configure_tracing(service: str, settings: ServiceSettings) -> None:
     global _running  # noqa: PLW0603 - a process has one trace output, as it has one log
     close_tracing()
     if settings.traces_exporter != "none":
-        _running = _start(service, settings)
+        from services.kit.trace_export import start_exporting  # noqa: PLC0415 - no SDK where nothing is traced
+
+        _running = start_exporting(service, settings)
         log.info("traces are exported", exporter=settings.traces_exporter, sample_ratio=settings.traces_sample_ratio)
 
 
@@ -242,75 +219,3 @@ def _context_of(text: str | None) -> context.Context:
 
 def _written(of: trace.SpanContext) -> str:
     return f"00-{of.trace_id:032x}-{of.span_id:016x}-{of.trace_flags & trace.TraceFlags.SAMPLED:02x}"
-
-
-# Where spans go -------------------------------------------------------------------------------------------------------
-
-
-def _start(service: str, settings: ServiceSettings) -> _Running:
-    # Not imported by a process that does not trace.
-    from opentelemetry.sdk.resources import Resource  # noqa: PLC0415 - see above
-    from opentelemetry.sdk.trace import SpanLimits, TracerProvider  # noqa: PLC0415 - see above
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415 - see above
-    from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio  # noqa: PLC0415 - see above
-
-    opened = ExitStack()
-    exporter = _exporter(settings, opened)
-    provider = TracerProvider(
-        sampler=ParentBasedTraceIdRatio(settings.traces_sample_ratio),
-        resource=Resource.create({"service.namespace": "scrip", "service.name": service}),
-        span_limits=SpanLimits(max_attributes=ATTRIBUTES_MAX, max_attribute_length=ATTRIBUTE_LENGTH_MAX),
-        # It would wait for the exporter for half a minute.
-        shutdown_on_exit=False,
-    )
-    # Whatever an exporter raises is logged by it, and the batch is dropped.
-    provider.add_span_processor(
-        BatchSpanProcessor(
-            exporter,
-            max_queue_size=QUEUE_SPANS_MAX,
-            max_export_batch_size=BATCH_SPANS_MAX,
-            schedule_delay_millis=EXPORT_EVERY_SECONDS * 1000,
-        )
-    )
-    return _Running(provider, opened)
-
-
-def _exporter(settings: ServiceSettings, opened: ExitStack) -> "SpanExporter":
-    from opentelemetry.sdk.trace.export import ConsoleSpanExporter  # noqa: PLC0415 - see _start
-
-    if settings.traces_exporter == "otlp":
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import (  # noqa: PLC0415 - see _start
-            OTLPSpanExporter,
-        )
-
-        return OTLPSpanExporter(endpoint=settings.traces_endpoint, timeout=EXPORT_SECONDS_MAX)
-    if settings.traces_exporter == "console":
-        return ConsoleSpanExporter(out=sys.stderr, formatter=_json_line)
-    assert settings.traces_file is not None
-    # A line is one write, at the end of a file that several processes may write to. It names accounts: nobody else's.
-    file = open(  # noqa: SIM115 - it is open for as long as tracing is on
-        settings.traces_file,
-        "a",
-        buffering=1,
-        encoding="utf-8",
-        opener=lambda path, flags: os.open(path, flags, 0o600),
-    )
-    return ConsoleSpanExporter(out=opened.enter_context(file), formatter=_json_line)
-
-
-def _json_line(of: "ReadableSpan") -> str:
-    found, parent = of.get_span_context(), of.parent
-    assert found is not None
-    line = {
-        "trace_id": f"{found.trace_id:032x}",
-        "span_id": f"{found.span_id:016x}",
-        "parent_id": None if parent is None else f"{parent.span_id:016x}",
-        "service": of.resource.attributes["service.name"],
-        "name": of.name,
-        "kind": of.kind.name.lower(),
-        "start_unix_nano": of.start_time,
-        "end_unix_nano": of.end_time,
-        "error": of.status.status_code is trace.StatusCode.ERROR,
-        "attributes": dict(of.attributes or {}),
-    }
-    return msgspec.json.encode(line).decode() + "\n"

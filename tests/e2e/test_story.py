@@ -26,7 +26,7 @@ from infra.demo.scratch_stack import ScratchStack
 from infra.servers import SUPERUSER
 from infra.services import SERVICES, SIMULATED_OPENAI_KEY
 from infra.supervisor import DATABASE
-from services.kit.tracing import EXPORT_EVERY_SECONDS
+from services.kit.trace_export import EXPORT_EVERY_SECONDS
 from tests.e2e.conftest import Api, Played
 from tests.e2e.told import shown_in_readme, told
 from tests.e2e.usage import event, eventually, fresh

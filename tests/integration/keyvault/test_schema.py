@@ -11,7 +11,7 @@ from psycopg.rows import TupleRow
 from sqlalchemy import create_engine, pool
 
 from services.keyvault.tables import metadata
-from services.kit.database import migrate
+from services.kit.database_setup import migrate
 from tests.conftest import Database
 
 

@@ -9,7 +9,8 @@ from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
 from pydantic import SecretStr
 
-from services.kit.database import Pool, Writer, bootstrap, migrate, open_pool
+from services.kit.database import Pool, Writer, open_pool
+from services.kit.database_setup import bootstrap, migrate
 from tests.conftest import Database
 
 VERSIONS: Final = Path(__file__).parent / "versions"

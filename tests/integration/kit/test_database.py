@@ -12,14 +12,13 @@ from infra.servers import EmbeddedPostgres
 from services.kit.database import (
     Pool,
     Writer,
-    bootstrap,
     copy_text,
     database_check,
     durability,
-    migrate,
     open_pool,
     wait_for_database,
 )
+from services.kit.database_setup import bootstrap, migrate
 from tests.conftest import Database
 from tests.integration.kit.conftest import VERSIONS
 

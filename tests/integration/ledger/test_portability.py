@@ -11,7 +11,7 @@ from psycopg import sql
 from pydantic import SecretStr
 
 from contracts.partition import partition_of
-from services.kit.database import bootstrap, migrate
+from services.kit.database_setup import bootstrap, migrate
 from services.ledger import tables
 from services.ledger.audit import audit
 from services.ledger.domain.commands import Grant

@@ -9,7 +9,7 @@ from pydantic import SecretStr
 from sqlalchemy.dialects import postgresql
 
 from services import ledger
-from services.kit.database import bootstrap, migrate
+from services.kit.database_setup import bootstrap, migrate
 from services.ledger import tables
 from tests.conftest import Database
 

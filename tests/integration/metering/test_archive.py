@@ -23,7 +23,8 @@ from contracts.partition import partition_of
 from contracts.pricing import OwnPrice, Tier
 from services.kit.catalogue import load_catalogue
 from services.kit.clock import now
-from services.kit.database import Writer, bootstrap, migrate
+from services.kit.database import Writer
+from services.kit.database_setup import bootstrap, migrate
 from services.metering import handlers, store, translate
 from services.metering.handlers import Known
 from services.metering.portability import archiving

@@ -11,7 +11,7 @@ from psycopg import Connection
 from psycopg.rows import TupleRow
 from sqlalchemy import create_engine, pool
 
-from services.kit.database import migrate
+from services.kit.database_setup import migrate
 from services.metering.tables import metadata
 from tests.conftest import Database
 

@@ -19,7 +19,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from pydantic import ValidationError
 
-from services.kit import tracing
+from services.kit import trace_export, tracing
 from services.kit.http import Readiness, build_app
 from services.kit.problems import Problem
 from tests.traces import named, settings, spans_in, traced
@@ -230,13 +230,13 @@ class Failing(SpanExporter):
 @pytest.mark.parametrize("hangs", [False, True])
 def test_an_exporter_that_fails_disturbs_nobody(hangs: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     exporter = Failing(hangs=hangs)
-    monkeypatch.setattr(tracing, "_exporter", lambda *_: exporter)
-    monkeypatch.setattr(tracing, "EXPORT_EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(trace_export, "_exporter", lambda *_: exporter)
+    monkeypatch.setattr(trace_export, "EXPORT_EVERY_SECONDS", 0.01)
     tracing.configure_tracing("tests", settings(traces_exporter="console"))
     try:
         began = time.monotonic()
         # More than its queue holds.
-        for _ in range(tracing.QUEUE_SPANS_MAX + 1_000):
+        for _ in range(trace_export.QUEUE_SPANS_MAX + 1_000):
             with tracing.server_span("ask", traceparent=None):
                 pass
         assert time.monotonic() - began < 5
