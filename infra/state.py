@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from infra.errors import AlreadyRunning, DiskFull, NotReadable, StackError, from_os_error
+from services.kit.files import write_private
 
 STATE_VARIABLE: Final = "SCRIP_STATE"
 DISK_FREE_BYTES_MIN: Final = 1 << 30
@@ -294,17 +295,6 @@ def remove(layout: Layout) -> None:
 def shown(path: Path) -> str:
     """A path as the user would write it."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def write_private(path: Path, text: str) -> None:
-    """Replace a file in one step: a reader, or a start after a crash, sees the old one or the new one."""
-    new = path.with_name(f"{path.name}.new")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(descriptor)
-    new.replace(path)
 
 
 def _secret() -> str:

@@ -22,7 +22,8 @@ from infra.demo.services import Counters, Ledger, Metering, NewAccount
 from infra.demo.trace import accounts, requests
 from infra.errors import StackError
 from infra.servers import LOOPBACK
-from infra.state import Layout, write_private
+from infra.state import Layout
+from services.kit.files import write_private
 
 ANCHOR_BEFORE_START: Final = timedelta(hours=2)
 GRANTED_BEFORE_ANCHOR: Final = timedelta(hours=1)

@@ -23,6 +23,7 @@ from services.keyvault import translate
 from services.keyvault.domain.access_keys import KeyState
 from services.keyvault.domain.keyring import KEY_BYTES, Keyring, first_keyring, rotated
 from services.keyvault.domain.sealing import Owner, Place, Sealed
+from services.kit.files import write_private
 
 Connection = AsyncConnection[TupleRow]
 
@@ -85,24 +86,8 @@ def _alone_with(path: Path) -> Iterator[None]:
 
 
 def _write_keyring(path: Path, ring: Keyring) -> Keyring:
-    """Replace the file in one step: whoever reads it, or comes after a crash, sees the old ring or the new one."""
-    new = path.with_name(f"{path.name}.new")
-    # What a crash left may be open to others, or another user's.
-    new.unlink(missing_ok=True)
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        if path.exists() and (owner := path.stat()).st_uid != os.geteuid():
-            # Keyvault must be able to read it, also when root writes it.
-            os.fchown(descriptor, owner.st_uid, owner.st_gid)
-        file.write(translate.keyring_text(ring))
-        file.flush()
-        os.fsync(descriptor)
-    new.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    # It keeps its owner: keyvault must be able to read it, also when root has rotated it.
+    write_private(path, translate.keyring_text(ring))
     return ring
 
 

@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,17 +15,15 @@ from typing import Any, Final
 
 import httpx2
 import psycopg
-import uvicorn
 from psycopg.rows import TupleRow
-from starlette.types import ASGIApp
 
 from infra.servers import LOOPBACK
-from infra.simulators.running import quieten
 from services.kit.settings import ServiceSettings
 from services.ledger.app import build as build_ledger
 from services.ledger.settings import LedgerSettings
 from services.metering.app import build as build_metering
 from services.metering.settings import MeteringSettings
+from tests.integration.simulators.serving import serving
 
 REPOSITORY: Final = Path(__file__).resolve().parent.parent.parent
 SOURCES: Final = REPOSITORY / "clients" / "python" / "src"
@@ -114,33 +111,6 @@ class Services:
         row = self.connection.execute(f"SELECT {sums} FROM ingest_counters".encode()).fetchone()
         assert row is not None
         return {name: int(value) for name, value in zip(names, row, strict=True) if value}
-
-
-@contextmanager
-def serving(app: ASGIApp, *, port: int) -> Iterator[None]:
-    """An application on a socket, in a thread of its own."""
-    quieten()
-    config = uvicorn.Config(
-        app,
-        host=LOOPBACK,
-        port=port,
-        http="httptools",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=1,
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    until(lambda: server.started or not thread.is_alive(), seconds=START_SECONDS_MAX, what="the server starts")
-    assert thread.is_alive(), "the server ended"
-    try:
-        yield
-    finally:
-        server.should_exit = True
-        thread.join(timeout=15)
-    assert not thread.is_alive()
 
 
 @contextmanager

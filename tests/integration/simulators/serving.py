@@ -23,17 +23,17 @@ from starlette.types import ASGIApp
 from infra.servers import LOOPBACK
 from infra.simulators.running import quieten
 
-START_SECONDS_MAX = 30.0
+START_SECONDS_MAX = 40.0
 
 
 @contextmanager
-def serving(app: ASGIApp) -> Iterator[str]:
-    """The application's URL, for as long as it is served."""
+def serving(app: ASGIApp, *, port: int = 0) -> Iterator[str]:
+    """The application's URL, for as long as it is served, in a thread of its own. Port 0: one that is free."""
     quieten()
     config = uvicorn.Config(
         app,
         host=LOOPBACK,
-        port=0,
+        port=port,
         http="httptools",
         lifespan="on",
         log_config=None,
@@ -52,7 +52,7 @@ def serving(app: ASGIApp) -> Iterator[str]:
         yield f"http://{LOOPBACK}:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(timeout=10)
+        thread.join(timeout=15)
     assert not thread.is_alive()
 
 
