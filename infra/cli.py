@@ -61,7 +61,7 @@ def main() -> None:
         if os.environ.get(DEBUG_VARIABLE):
             raise
         Console(stderr=True).print(f"scrip: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
+        sys.exit(error.exit_code)
 
 
 def _scrip() -> None:

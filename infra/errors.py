@@ -1,6 +1,7 @@
 """What can go wrong with the local stack, each as one sentence that says what to do.
 
 StackError
+├── BadInput            what was asked for can be nothing, however things stand: exit code 2
 ├── AlreadyRunning      another supervisor holds this state directory
 ├── BinaryMissing       the environment lacks a server's binary
 ├── ChildrenKeepDying   a process died too often within a minute
@@ -15,10 +16,17 @@ StackError
 
 import errno
 from pathlib import Path
+from typing import ClassVar
 
 
 class StackError(Exception):
-    """Its text is one sentence for the user; the CLI shows nothing else."""
+    """Its text is one sentence for the user; the CLI shows nothing else, and ends with its exit code."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class BadInput(StackError):
+    exit_code = 2
 
 
 class AlreadyRunning(StackError):

@@ -104,9 +104,7 @@ async def operator(url: str, password: str, *, user: str = OPERATOR) -> AsyncIte
         )
     except (nats.errors.Error, OSError, TimeoutError) as error:
         why = errors[-1] if errors else error
-        raise StackError(
-            f"NATS at {url} lets the operator not in ({why}): is Scrip running? See `scrip status`."
-        ) from error
+        raise StackError(f"NATS at {url} does not let the operator in ({why}): is Scrip running?") from error
     try:
         yield client.jetstream(timeout=REQUEST_SECONDS_MAX)
     finally:

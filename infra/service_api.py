@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, Self
+from urllib.parse import quote
 
 import httpx2
 
 from contracts.streams import OPERATOR
 from infra import state
-from infra.errors import StackError
+from infra.errors import BadInput, StackError
 from infra.servers import LOOPBACK
 
 TIMEOUT_SECONDS: Final = 30.0
@@ -16,9 +17,18 @@ TIMEOUT_SECONDS: Final = 30.0
 Json = dict[str, Any]
 Query = Mapping[str, str | int | bool | Sequence[str]]
 
+# The input itself is at fault, however things stand: malformed, too large, invalid.
+_AT_FAULT: Final = frozenset({400, 413, 422})
+
 
 class NotFound(StackError):
     """The service answers 404."""
+
+
+def in_path(text: str) -> str:
+    """What the user wrote, as one segment of a path: it never leads elsewhere, whatever it is."""
+    # Dots, too: they would lead to what is above.
+    return quote(text, safe="").replace(".", "%2E")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,5 +102,10 @@ class ServiceApi:
     def _refused(self, status: int, answer: Json) -> StackError:
         problems = [f"{each.get('pointer', '')} {each.get('detail', '')}" for each in answer.get("errors", [])]
         why = "; ".join(problems) or answer.get("detail", status)
-        kind = NotFound if status == httpx2.codes.NOT_FOUND else StackError
+        if status == httpx2.codes.NOT_FOUND:
+            # Of what is no name at all the service has no words of its own.
+            return NotFound(
+                f"{self.service.capitalize()} refuses: {'there is no such thing' if why == 'Not Found' else why}"
+            )
+        kind = BadInput if status in _AT_FAULT else StackError
         return kind(f"{self.service.capitalize()} refuses: {why}")

@@ -1,7 +1,6 @@
 """`scrip alias`: which accounts the names stand for that publishers call them by."""
 
 from typing import Annotated
-from urllib.parse import quote
 
 import httpx2
 import typer
@@ -10,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from infra.errors import StackError
-from infra.service_api import Json, NotFound, ServiceApi
+from infra.service_api import Json, NotFound, ServiceApi, in_path
 
 alias = typer.Typer(
     name="alias", help="What publishers call accounts that have another id: add, list, delete.", no_args_is_help=True
@@ -101,8 +100,7 @@ def _directory() -> Directory:
 
 
 def _path(subject: str) -> str:
-    # Dots, too: a path that is only dots would lead elsewhere.
-    return f"/api/v1/aliases/{quote(subject, safe='').replace('.', '%2E')}"
+    return f"/api/v1/aliases/{in_path(subject)}"
 
 
 def _say(sentence: str) -> None:

@@ -7,7 +7,6 @@ from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Final
-from urllib.parse import quote
 
 import typer
 from rich.console import Console
@@ -15,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from infra.errors import StackError
-from infra.service_api import Json, ServiceApi
+from infra.errors import BadInput
+from infra.service_api import Json, ServiceApi, in_path
 from services.kit.ids import new_uuid7
 
 PATH: Final = "/api/v1/corrections"
@@ -115,7 +114,9 @@ def rerate(
 @corrections.command("backfill")
 def backfill(
     account: Annotated[str, typer.Argument(help="Whose use.")],
-    events: Annotated[Path, typer.Argument(help="CloudEvents, one per line (JSON Lines).", exists=True)],
+    events: Annotated[
+        Path, typer.Argument(help="CloudEvents, one per line (JSON Lines).", exists=True, dir_okay=False)
+    ],
     *,
     since: Since,
     until: Until,
@@ -129,7 +130,7 @@ def backfill(
 ) -> None:
     """Log and charge events of the past, however old. Again with the same id it goes on where it was cut off."""
     metering = _metering()
-    name = id or f"cli-{new_uuid7()}"
+    name = f"cli-{new_uuid7()}" if id is None else id
     asked: Json = {
         "kind": "backfill",
         "account": account,
@@ -210,7 +211,7 @@ def _correct(body: Json, reason: str, id: str | None, *, dry_run: bool) -> None:
     metering = _metering()
     asked = {**body, "reason": reason}
     if id is not None or not dry_run:
-        asked["id"] = id or f"cli-{new_uuid7()}"
+        asked["id"] = f"cli-{new_uuid7()}" if id is None else id
     found = metering.post(PATH, asked, query={"dry_run": dry_run})
     _show(_finished(metering, found))
 
@@ -287,34 +288,40 @@ def _amounts(difference: Mapping[str, str]) -> str:
 def _named(event: str, account: str | None) -> Json:
     source, slash, id = event.partition("/")
     if not (source and slash and id):
-        raise StackError(f"{event!r} names no event: it must look like demo/call-1.")
+        raise BadInput(f"{event!r} names no event: it must look like demo/call-1.")
     return {"source": source, "id": id} | ({} if account is None else {"account": account})
 
 
 def _data(text: str) -> Any:
-    written = Path(text.removeprefix("@")).read_text(encoding="utf-8") if text.startswith("@") else text
     try:
-        return json.loads(written, parse_float=_number)
-    except json.JSONDecodeError as error:
-        raise StackError(f"The data is not JSON: {error}.") from error
+        written = Path(text.removeprefix("@")).read_text(encoding="utf-8") if text.startswith("@") else text
+        return json.loads(written, parse_float=_number, parse_constant=_no_number)
+    except OSError as error:
+        raise BadInput(f"{error.filename} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise BadInput(f"The data is not JSON: {error}.") from error
 
 
 def _number(text: str) -> float:
     """A number, if sending it loses none of its digits."""
     if Decimal(repr(float(text))) != Decimal(text):
-        raise StackError(f"{text} has more digits than can be sent from here: write it as text, in quotes.")
+        raise BadInput(f"{text} has more digits than can be sent from here: write it as text, in quotes.")
     return float(text)
 
 
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")
+
+
 def _path(id: str) -> str:
-    return f"{PATH}/{quote(id, safe='')}"
+    return f"{PATH}/{in_path(id)}"
 
 
 def _time(text: str) -> str:
     try:
         datetime.fromisoformat(text)
     except ValueError as error:
-        raise StackError(f"{text!r} is no time: it must look like 2026-11-01 or 2026-11-01T00:00:00Z.") from error
+        raise BadInput(f"{text!r} is no time: it must look like 2026-11-01 or 2026-11-01T00:00:00Z.") from error
     return f"{text}T00:00:00Z" if "T" not in text else text
 
 

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from infra.errors import StackError
-from infra.service_api import NotFound, ServiceApi
+from infra.errors import BadInput, StackError
+from infra.service_api import NotFound, ServiceApi, in_path
 
 SERVICES: Final = ("metering", "ledger")
 PAGE_SIZE: Final = 200
@@ -48,14 +48,14 @@ class Desk(ServiceApi):
     def find(self, letter_id: str) -> Letter | None:
         """One letter with its body, or None if this service has none of that id."""
         try:
-            return self.get(f"/dead-letters/{letter_id}")
+            return self.get(f"/dead-letters/{in_path(letter_id)}")
         except NotFound:
             return None
 
     def redrive(self, letter_id: str) -> str | None:
         """Hand a letter in again; why not, if the service refuses."""
         try:
-            self.post(f"/dead-letters/{letter_id}/redrive")
+            self.post(f"/dead-letters/{in_path(letter_id)}/redrive")
         except StackError as refusal:
             return str(refusal)
         return None
@@ -113,7 +113,7 @@ def redrive_letters(
 ) -> None:
     """Hand dead letters in again. Exit code 1 if some are refused: they stay as they are."""
     if every == bool(letter_ids):
-        raise StackError("Name the dead letters to hand in again, or give --all.")
+        raise BadInput("Name the dead letters to hand in again, or give --all.")
     desks = _desks(service)
     if every:
         chosen = [(desk, str(letter["id"])) for desk in desks for letter in list(desk.letters(redriven=False))]
@@ -131,7 +131,7 @@ def redrive_letters(
 
 def _desks(service: str | None) -> Sequence[Desk]:
     if service is not None and service not in SERVICES:
-        raise StackError(f"{service} has no dead letters: it must be {' or '.join(SERVICES)}.")
+        raise BadInput(f"{service} has no dead letters: it must be {' or '.join(SERVICES)}.")
     return [Desk.running(name) for name in SERVICES if service in (None, name)]
 
 

@@ -70,7 +70,7 @@ def _rewrap(console: Console, *, version: int | None) -> None:
     try:
         done = keyvault.post("/v1/keyring/rewrap")
     except StackError as error:
-        raise StackError(f"{error} Nothing is lost: run `scrip keyring rewrap` again.") from error
+        raise StackError(f"{str(error).rstrip('.')}. Nothing is lost: run `scrip keyring rewrap` again.") from error
     if version is not None and done["ring_version"] != version:
         raise StackError(
             f"Keyvault wraps with version {done['ring_version']}, not {version}: it reads another key ring, "

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import quote
 
 import typer
 from rich.console import Console
@@ -14,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from infra import state
-from infra.errors import StackError
-from infra.service_api import Json, ServiceApi
+from infra.errors import BadInput, StackError
+from infra.service_api import Json, ServiceApi, in_path
 from infra.supervisor import Stack
 
 Key = Annotated[
@@ -71,7 +70,7 @@ def balance(
 ) -> None:
     """Show what an account's wallets hold, lot by lot, now or in the past."""
     query = _given(as_of=as_of, world_at=world_at)
-    found = ServiceApi.running("ledger").get(f"/v1/balances/{_quoted(path)}", query)
+    found = ServiceApi.running("ledger").get(f"/v1/balances/{in_path(path)}", query)
     console = Console()
     if world_at:
         posted = Table("unit", "posted", title=f"{found['account']} by what had occurred at {found['world_at']}")
@@ -120,7 +119,7 @@ def statement(
 ) -> None:
     """Show the entries of an account's wallets, newest first, with the balance after each."""
     query = _given(unit=unit, kind=kind, since=since, until=until, reference=reference, before=before)
-    page = ServiceApi.running("ledger").get(f"/v1/statements/{_quoted(path)}", {"limit": str(limit), **query})
+    page = ServiceApi.running("ledger").get(f"/v1/statements/{in_path(path)}", {"limit": str(limit), **query})
     table = Table("occurred", "what", "unit", "posted", "held", "balance", "lot")
     for entry in page["entries"]:
         table.add_row(
@@ -140,7 +139,7 @@ def statement(
 
 def transaction(transaction_id: Annotated[str, typer.Argument(help="Its id: txn_…")]) -> None:
     """Show a transaction: who or what caused it, and all its entries, both sides."""
-    found = ServiceApi.running("ledger").get(f"/v1/transactions/{_quoted(transaction_id)}")
+    found = ServiceApi.running("ledger").get(f"/v1/transactions/{in_path(transaction_id)}")
     console = Console()
     for command in found["commands"]:
         said = f"asked by {command['principal']} under {command['idempotency_key']}"
@@ -161,7 +160,7 @@ def charge(
     event: Annotated[str, typer.Argument(help="The use's event id.")],
 ) -> None:
     """Show what a use was charged, from which lots, and what of that was given back."""
-    found = ServiceApi.running("ledger").get(f"/v1/charges/{_quoted(source)}/{_quoted(event)}")
+    found = ServiceApi.running("ledger").get(f"/v1/charges/{in_path(source)}/{in_path(event)}")
     _show_lines(Console(), found["lines"], [])
 
 
@@ -223,7 +222,7 @@ def holds(
 
 def totals(path: Annotated[str, typer.Argument(help="The account.")]) -> None:
     """Show what was ever granted, charged, given back, expired and clawed back on an account's wallets."""
-    found = ServiceApi.running("ledger").get(f"/v1/totals/{_quoted(path)}")
+    found = ServiceApi.running("ledger").get(f"/v1/totals/{in_path(path)}")
     names = ("granted", "charged", "reversed", "expired", "voided", "clawed_back", "adjusted", "transferred", "posted")
     table = Table("unit", *names)
     for each in found["units"]:
@@ -238,7 +237,7 @@ def tree(
     after: Annotated[str | None, typer.Option(help="The account that the page before ended with.")] = None,
 ) -> None:
     """Show the accounts of a tree with their wallets."""
-    page = ServiceApi.running("ledger").get(f"/v1/trees/{_quoted(root)}", {"limit": str(limit), **_given(after=after)})
+    page = ServiceApi.running("ledger").get(f"/v1/trees/{in_path(root)}", {"limit": str(limit), **_given(after=after)})
     names = ("unit", "policy", "posted", "held", "available", "debt", "overage")
     table = Table("account", *names)
     for account in page["accounts"]:
@@ -282,7 +281,7 @@ def export(
     query = {"account": path, "below": str(below).lower(), "format": written_as}
     if to is None:
         if written_as != "csv" and sys.stdout.isatty():
-            raise StackError(f"What is written as {written_as} is no text: name a file, with --to.")
+            raise BadInput(f"What is written as {written_as} is no text: name a file, with --to.")
         ServiceApi.running("ledger").stream("/v1/exports/journal", query, sys.stdout.buffer)
         return
     try:
@@ -304,7 +303,9 @@ def _whole(file: Path) -> Iterator[None]:
 
 def _command(path: str, body: Json, *, key: str | None) -> Json:
     said = {name: value for name, value in body.items() if value is not None}
-    return ServiceApi.running("ledger").post(path, said, headers={"Idempotency-Key": key or f"cli-{uuid.uuid4()}"})
+    return ServiceApi.running("ledger").post(
+        path, said, headers={"Idempotency-Key": f"cli-{uuid.uuid4()}" if key is None else key}
+    )
 
 
 def _running_stack() -> Stack:
@@ -315,7 +316,3 @@ def _running_stack() -> Stack:
 
 def _given(**options: str | None) -> dict[str, str]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _quoted(account: str) -> str:
-    return quote(account, safe="/")

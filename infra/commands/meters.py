@@ -9,15 +9,14 @@ from collections.abc import Sequence
 from decimal import Decimal
 from enum import StrEnum
 from typing import Annotated, Final
-from urllib.parse import quote
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from infra.errors import StackError
-from infra.service_api import Json, Query, ServiceApi
+from infra.errors import BadInput
+from infra.service_api import Json, Query, ServiceApi, in_path
 
 _DATE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
@@ -67,7 +66,7 @@ def list_meters(
 @meters.command("show")
 def show_meter(slug: Slug) -> None:
     """Show all that a meter was and is, the newest version first, as JSON."""
-    for version in json.loads(_read(f"/api/v1/meters/{quote(slug, safe='')}/versions", {})):
+    for version in json.loads(_read(f"/api/v1/meters/{in_path(slug)}/versions", {})):
         Console().print_json(json.dumps(version))
 
 
@@ -97,7 +96,7 @@ def query_meter(
     for each in where or ():
         name, equals, value = each.partition("=")
         if not (name and equals):
-            raise StackError(f"{each!r} is no filter: it must look like model=gpt-4o.")
+            raise BadInput(f"{each!r} is no filter: it must look like model=gpt-4o.")
         filters.setdefault(name, []).append(value)
     asked: dict[str, str | int | Sequence[str] | None] = {
         "from": _time(since),
@@ -111,7 +110,7 @@ def query_meter(
         "version": version,
     }
     given = {name: value for name, value in asked.items() if value is not None}
-    answer = _read(f"/api/v1/meters/{quote(slug, safe='')}/query", given)
+    answer = _read(f"/api/v1/meters/{in_path(slug)}/query", given)
     _show(json.loads(answer, parse_float=Decimal, parse_int=Decimal)["data"], as_csv=as_csv)
 
 

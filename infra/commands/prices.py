@@ -21,7 +21,7 @@ from rich.text import Text
 from contracts.pricing import PRICE_DECIMALS_MAX, PRICE_MAX, STANDARD_TIERS
 from contracts.times import Time
 from contracts.usage import ModelName, ProviderName
-from infra.errors import StackError
+from infra.errors import BadInput, StackError
 from infra.service_api import Json, ServiceApi
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def read_known(*, providers: Collection[str], models: Collection[str], at: datet
 
     snapshot = {provider.id: provider for provider in get_snapshot().providers}
     if unknown := sorted(set(providers) - snapshot.keys()):
-        raise StackError(f"{PACKAGE} knows no provider {', '.join(unknown)}; it knows {', '.join(sorted(snapshot))}.")
+        raise BadInput(f"{PACKAGE} knows no provider {', '.join(unknown)}; it knows {', '.join(sorted(snapshot))}.")
     known = Known()
     found = set()
     for provider in sorted(providers):
@@ -105,7 +105,7 @@ def read_known(*, providers: Collection[str], models: Collection[str], at: datet
                 found.add(model.id)
                 _read_model(known, provider=provider, model=model, at=at)
     if missing := sorted(set(models) - found):
-        raise StackError(f"{PACKAGE} has no price of {', '.join(missing)} from {', '.join(sorted(providers))}.")
+        raise BadInput(f"{PACKAGE} has no price of {', '.join(missing)} from {', '.join(sorted(providers))}.")
     return known
 
 
@@ -408,7 +408,7 @@ def _read_time(text: str) -> datetime:
     try:
         return _TIME.validate_python(text).astimezone(UTC)
     except ValidationError as error:
-        raise StackError(f"{text!r} is no time: it must look like 2026-11-01T00:00:00Z.") from error
+        raise BadInput(f"{text!r} is no time: it must look like 2026-11-01T00:00:00Z.") from error
 
 
 def _show_difference(console: Console, found: Json) -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Annotated
 
+import psycopg
 import typer
 from rich.console import Console
 from rich.table import Column, Table
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from contracts.streams import OPERATOR
 from infra import leftovers, state, supervisor
+from infra.errors import StackError
 from infra.provision import Provisioned, in_words, lags, operator
 from infra.state import Layout, Run
 from infra.supervisor import Managed, Stack
@@ -118,7 +120,20 @@ def clean() -> None:
 
 @contextmanager
 def stack_with(server: str) -> Iterator[Stack]:
-    """The stack with one server running: the one that runs, else started for this moment."""
+    """The stack with one server running: the one that runs, else started for this moment.
+
+    A database that is not made yet, or goes away, is a StackError.
+    """
+    try:
+        with _stack_with(server) as stack:
+            yield stack
+    except (psycopg.OperationalError, psycopg.errors.UndefinedTable) as error:
+        why = str(error).strip().splitlines()[0]
+        raise StackError(f"The database does not answer ({why}). If nothing ever ran here: `scrip migrate`.") from error
+
+
+@contextmanager
+def _stack_with(server: str) -> Iterator[Stack]:
     layout = state.locate()
     if run := state.current_run(layout):
         yield _running(layout, run)

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from infra.commands.stack import stack_with
-from infra.errors import StackError
+from infra.errors import BadInput, StackError
 from services.kit.clock import now
 from services.metering.portability.archiving import ArchivedMonth, ArchiveInUse, archive_usage
 from services.metering.portability.files import BadArchive
@@ -49,7 +49,7 @@ def archive(
     """Write old use as Parquet, a file for each day and partition, and read each back. Again, it writes what is new."""
     day = _default_day() if before is None else _day(before)
     if day > now().astimezone(UTC).date():
-        raise StackError(f"{day} is yet to come: only days that are over are archived.")
+        raise BadInput(f"{day} is yet to come: only days that are over are archived.")
     console = Console()
     with stack_with("postgres") as stack, _as_sentence(to), _progress(console, "archiving") as on_progress:
         found = archive_usage(
@@ -120,14 +120,14 @@ def _day(text: str) -> date:
     try:
         return date.fromisoformat(text)
     except ValueError as error:
-        raise StackError(f"{text!r} is no day: it must look like 2026-01-31.") from error
+        raise BadInput(f"{text!r} is no day: it must look like 2026-01-31.") from error
 
 
 def _month(text: str) -> date:
     try:
         return datetime.strptime(text, "%Y-%m").replace(tzinfo=UTC).date()
     except ValueError as error:
-        raise StackError(f"{text!r} is no month: it must look like 2026-01.") from error
+        raise BadInput(f"{text!r} is no month: it must look like 2026-01.") from error
 
 
 @contextmanager

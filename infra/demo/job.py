@@ -20,7 +20,7 @@ from infra.demo.events import SOURCE
 from infra.demo.publish import PASSWORD_VARIABLE, URL_VARIABLE, Progress
 from infra.demo.services import Counters, Ledger, Metering, NewAccount
 from infra.demo.trace import accounts, requests
-from infra.errors import StackError
+from infra.errors import BadInput, StackError
 from infra.servers import LOOPBACK
 from infra.state import Layout
 from services.kit.files import write_private
@@ -143,7 +143,7 @@ class _Memory:
 async def play(target: Target, options: Options, show: Show) -> Result:
     """Play the job. StackError, a sentence, if the stack does not let it."""
     if re.fullmatch(r"[a-z0-9]{0,20}", options.edition) is None:
-        raise StackError("An edition is a name of at most 20 lower-case letters and digits.")
+        raise BadInput("An edition is a name of at most 20 lower-case letters and digits.")
     rows = requests(rows_max=options.rows_max)
     memory = _remembered(target)
     names = accounts(rows, edition=options.edition)

@@ -145,14 +145,17 @@ class Ledger(_Api):
                     working.add(asyncio.create_task(self._open_and_grant(one)))
                 if not working:
                     return
-                ended, working = await asyncio.wait(working, return_when=asyncio.FIRST_COMPLETED)
+                ended, _ = await asyncio.wait(working, return_when=asyncio.FIRST_COMPLETED)
                 for task in ended:
+                    working.remove(task)
                     task.result()
                     done += 1
                     yield done
         finally:
             for task in working:
                 task.cancel()
+            # Others may have been refused, too: the first refusal says it for all.
+            await asyncio.gather(*working, return_exceptions=True)
 
     async def _open_and_grant(self, new: NewAccount) -> None:
         await self.post(

@@ -295,7 +295,8 @@ async def _on_problem(_request: Request, error: Exception) -> Response:
 async def _on_invalid_request(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     findings = [
-        {"pointer": _pointer(found["loc"]), "code": found["type"], "detail": found["msg"]} for found in error.errors()
+        {"pointer": _pointer(found["loc"]), "code": found["type"], "detail": found["msg"].removeprefix("Value error, ")}
+        for found in error.errors()
     ]
     return problem_response(
         Problem(422, "invalid_request", f"the request has {len(findings)} problem(s)", errors=findings)
