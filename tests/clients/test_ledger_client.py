@@ -191,6 +191,6 @@ def test_a_float_is_no_amount(number: Any) -> None:
         decimal_text(number)
 
 
-def test_nor_is_infinity() -> None:
+def test_infinity_is_no_amount() -> None:
     with pytest.raises(ValueError, match="is not an amount"):
         decimal_text(Decimal("inf"))

@@ -272,7 +272,7 @@ def test_bodies_are_compressed_where_that_is_understood(file: Path) -> None:
     assert json.loads(gzip.decompress(request.content))[0]["id"] == "long"
 
 
-def test_and_plain_where_not(file: Path) -> None:
+def test_events_go_plain_from_then_on_where_gzip_is_not_read(file: Path) -> None:
     metering = Metering(reads_gzip=False)
     with scrip(metering, file) as client:
         for name in ("first", "second"):

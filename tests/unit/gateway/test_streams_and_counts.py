@@ -23,7 +23,7 @@ def test_events_are_whole_however_the_stream_is_cut(cuts: list[int]) -> None:
     assert splitter.rest() == b""
 
 
-def test_the_data_of_an_event() -> None:
+def test_the_data_of_an_event_are_its_data_lines_and_nothing_else_of_it() -> None:
     assert [data_of(event) for event in EVENTS] == [b'{"a": 1}', b"", b"1\n2", b"[DONE]"]
 
 

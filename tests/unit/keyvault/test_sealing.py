@@ -62,7 +62,7 @@ def test_nothing_stored_shows_the_secret_or_its_keys(case: Sealing) -> None:
 
 
 @given(sealings(), places(), st.sampled_from(["owner", "account", "provider", "name", "record", "version"]))
-def test_it_opens_nowhere_else(case: Sealing, other: Place, field: str) -> None:
+def test_a_sealed_secret_opens_nowhere_else(case: Sealing, other: Place, field: str) -> None:
     elsewhere = replace(case.place, **{field: getattr(other, field)})
     assume(elsewhere != case.place)
     assert is_refused(case.sealed, place=elsewhere, ring=case.ring)

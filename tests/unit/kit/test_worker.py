@@ -48,7 +48,7 @@ async def test_it_goes_on_at_once_while_there_is_more_and_then_waits_to_be_woken
     assert worker.done == 4
 
 
-async def test_nobody_need_wake_it() -> None:
+async def test_it_works_every_so_often_though_nobody_wakes_it() -> None:
     worker = Rounds(poll_seconds=0.005)
     running = asyncio.create_task(worker.run())
     await rounds(worker, 4)
