@@ -26,9 +26,9 @@ class NotFound(StackError):
 
 
 def in_path(text: str) -> str:
-    """What the user wrote, as one segment of a path: it never leads elsewhere, whatever it is."""
+    """What the user wrote, as the end of a path: it never leads elsewhere, whatever it is."""
     # Dots, too: they would lead to what is above.
-    return quote(text, safe="").replace(".", "%2E")
+    return quote(text).replace(".", "%2E")
 
 
 @dataclass(frozen=True, slots=True)
