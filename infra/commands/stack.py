@@ -129,7 +129,7 @@ def stack_with(server: str) -> Iterator[Stack]:
             yield stack
     except (psycopg.OperationalError, psycopg.errors.UndefinedTable) as error:
         why = str(error).strip().splitlines()[0]
-        raise StackError(f"The database does not answer ({why}). If nothing ever ran here: `scrip migrate`.") from error
+        raise StackError(f"The database cannot be asked ({why}). If nothing ever ran here: `scrip migrate`.") from error
 
 
 @contextmanager

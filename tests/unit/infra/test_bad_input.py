@@ -110,7 +110,7 @@ def test_bad_input_ends_with_2_and_no_traceback(arguments: tuple[str, ...], scri
 def test_a_database_that_is_not_made_yet_is_one_sentence(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stack, "_stack_with", lambda _server: nullcontext())
     with (
-        pytest.raises(StackError, match=r"^The database does not answer \(no such \w+\)"),
+        pytest.raises(StackError, match=r"^The database cannot be asked \(no such \w+\)"),
         stack.stack_with("postgres"),
     ):
         raise error
