@@ -29,7 +29,7 @@ from services.kit.database import Pool, Writer, database_check, open_pool
 from services.kit.http import Readiness, serve
 from services.kit.leases import LeaseKeeper, owner_name
 from services.kit.outbox import OutboxRow, Relay
-from services.kit.running import essential_task, finish_tasks, service_app
+from services.kit.running import essential_task, finish_tasks, service_app, url_with_options
 from services.kit.telemetry import FAULTS, configure_logging, get_logger
 from services.kit.tracing import configure_tracing
 from services.kit.trimmer import Trimmer
@@ -38,6 +38,9 @@ log = get_logger(__name__)
 
 SERVICE: Final = "keyvault"
 BODY_BYTES_MAX: Final = 64 << 10
+# A process that is stuck holds its locks against the others no longer than this.
+TRANSACTION_TIMEOUT: Final = "15s"
+STATEMENT_TIMEOUT: Final = "10s"
 
 
 def build(settings: KeyvaultSettings) -> FastAPI:
@@ -58,14 +61,17 @@ async def _running(settings: KeyvaultSettings, readiness: Readiness) -> AsyncIte
     keyring = KeyringFile(settings.keyring_file)
     keyring.read()
     async with AsyncExitStack() as stack:
+        url = url_with_options(
+            settings.database_url, statement_timeout=STATEMENT_TIMEOUT, transaction_timeout=TRANSACTION_TIMEOUT
+        )
 
         async def pool(name: str) -> Pool:
-            made = await open_pool(settings.database_url, name=f"{SERVICE}-{name}")
+            made = await open_pool(url, name=f"{SERVICE}-{name}")
             stack.push_async_callback(made.close)
             return made
 
         changes, lookups = await pool("pool"), await pool("lookups")
-        lease_writer = Writer(settings.database_url, name=f"{SERVICE}-leases")
+        lease_writer = Writer(url, name=f"{SERVICE}-leases")
         stack.push_async_callback(lease_writer.close)
         client = await connect_nats(settings)
         stack.push_async_callback(client.close)

@@ -5,7 +5,6 @@ and in the fact that tells the world outside.
 """
 
 import base64
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -22,6 +21,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
     load_pem_public_key,
 )
+
+from services.kit.files import write_private
 
 # Says what is signed, so that a signature made for one purpose is of no use for another.
 TITLE: Final = "scrip ledger heads 1"
@@ -181,20 +182,9 @@ def ensure_key_files(private: Path, public: Path, *, given: str | None = None) -
     `given` is used instead of the private file. A key that signed once stays among the public ones.
     """
     if given is None and not private.exists():
-        _write_private(private, new_key())
+        write_private(private, new_key())
     chosen = read_signer(private) if given is None else signer(given)
     pem = chosen.public_key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
     known = public.read_text() if public.exists() else ""
     if pem not in known:
-        _write_private(public, known + pem)
-
-
-def _write_private(path: Path, text: str) -> None:
-    """Replace a file in one step: whoever reads sees the old one or the new one."""
-    new = path.with_name(f"{path.name}.new")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(descriptor)
-    new.replace(path)
+        write_private(public, known + pem)
