@@ -2,7 +2,7 @@
 
 Nothing in the chain says who asked, under which key, with which body, or what else an outcome told: a change of
 `principal`, `idempotency_key`, `body_hash`, or of an outcome's movements cannot be noticed, nor can a removed command
-that found all as it wanted it. None of that moves an amount; what a repeat of the command is answered follows from it.
+that found all as it wanted it. Under another key a repeat of the command is carried out once more.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,6 @@
 """Partitions one after the other, in a process of their own or in this one."""
 
 import gc
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection as Pipe
 from typing import Any
@@ -20,8 +19,6 @@ def audit_in_turn(tasks: Sequence[Task], turn: Any, counted: Any, told: Pipe) ->
 
     A process of its own; `turn` and `counted` are shared by all: the next task, and the entries that have been read.
     """
-    # Whoever began it ends it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Rows come and go by the million, and none refers to itself: looking for those that do takes a tenth of the time.
     gc.disable()
 
@@ -65,7 +62,9 @@ def connect(url: str) -> Connection[TupleRow]:
     connection = psycopg.connect(
         url,
         application_name="scrip-audit",
-        options="-c timezone=UTC -c search_path=ledger -c jit=off -c work_mem=32MB -c enable_nestloop=off",
+        # Of one that was killed the server would go on with what it was asked last.
+        options="-c timezone=UTC -c search_path=ledger -c jit=off -c work_mem=32MB -c enable_nestloop=off"
+        " -c client_connection_check_interval=1s",
     )
     connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
     connection.read_only = True
