@@ -15,8 +15,11 @@ from psycopg.conninfo import make_conninfo
 
 from infra import processes
 from infra.demo.scratch_stack import ScratchStack
+from infra.servers import SUPERUSER
 from infra.supervisor import DATABASE
 from tests.e2e.conftest import Played
+
+pytestmark = pytest.mark.timeout(300)
 
 SECONDS_MAX: Final = 60.0
 EXIT_CODES: Final = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -29,13 +32,13 @@ def stack(played: Played) -> ScratchStack:
 
 @pytest.fixture
 def url(stack: ScratchStack) -> str:
-    """The role that owns the ledger's tables."""
+    """Of somebody who may lock everything, and see what all others wait for."""
     return make_conninfo(
         host="127.0.0.1",
         port=stack.run.ports["postgres"],
         dbname=DATABASE,
-        user="ledger_owner",
-        password=stack.credentials.postgres["ledger_owner"],
+        user=SUPERUSER,
+        password=stack.credentials.postgres[SUPERUSER],
     )
 
 
@@ -51,7 +54,7 @@ def until(what: Callable[[], object]) -> None:
     deadline = time.monotonic() + SECONDS_MAX
     while not what():
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.1)
 
 
 def is_waiting(url: str, name: str) -> bool:
@@ -77,10 +80,17 @@ def children(process: "subprocess.Popen[bytes]") -> list[int]:
 
 def cut_off(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
     """As a terminal does it, to the whole group; nobody of it is left."""
+
+    def are_all_gone() -> bool:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
     os.killpg(process.pid, number)
     assert process.wait(SECONDS_MAX) == EXIT_CODES[number]
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    until(are_all_gone)
 
 
 def check_said(log: Path, sentence: str) -> None:
@@ -170,11 +180,22 @@ def test_an_import_that_is_cut_off_imported_nothing(tmp_path: Path) -> None:
     log, file = tmp_path / "import.log", tmp_path / "record.gz"
     # Nobody writes it: who reads it waits.
     os.mkfifo(file)
+
+    def is_read() -> bool:
+        try:
+            opened.append(os.open(file, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:
+            return False
+        return True
+
+    opened: list[int] = []
     try:
         process = other.start_scrip("journal", "import", str(file), log_file=log)
-        until(lambda: "importing" in log.read_text())
+        until(is_read)
         cut_off(process, signal.SIGTERM)
         check_said(log, "The import was interrupted: nothing was imported.")
         assert not processes.found(lambda each: str(other.layout.directory) in each.title)
     finally:
+        for each in opened:
+            os.close(each)
         other.remove()

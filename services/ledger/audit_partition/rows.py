@@ -50,6 +50,8 @@ class Source:
             cursor.execute(statement, self._parameters)
             while rows := cursor.fetchmany(FETCH_ROWS):
                 yield rows
+                if len(rows) < FETCH_ROWS:
+                    return
 
     def batches(
         self, name: str, statement: LiteralString, stray: Callable[[TupleRow], None], *, column: int = 0
