@@ -4,8 +4,10 @@ Imports the module of the command that was asked for and no other: they import a
 """
 
 import os
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Final
 
@@ -56,12 +58,24 @@ def app_for(arguments: Sequence[str]) -> typer.Typer:
 def main() -> None:
     """The entry point."""
     try:
-        app_for(sys.argv[1:])(prog_name="scrip")
+        with _interrupted_without_a_word():
+            app = app_for(sys.argv[1:])
+        app(prog_name="scrip")
     except StackError as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
         Console(stderr=True).print(f"scrip: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
+
+
+@contextmanager
+def _interrupted_without_a_word() -> Iterator[None]:
+    """A Ctrl-C ends the process as it would any other: while modules are imported nothing has begun."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def _scrip() -> None:

@@ -19,6 +19,7 @@ from contracts.streams import OPERATOR
 from infra import state
 from infra.commands.stack import stack_with
 from infra.errors import StackError
+from infra.interruption import interruptible
 from infra.provision import operator
 from infra.supervisor import CATALOGUE_FILE, Stack
 from services.kit.catalogue import load_catalogue
@@ -26,6 +27,7 @@ from services.ledger.audit import (
     Audited,
     Evidence,
     EvidenceUnreadable,
+    ProcessEnded,
     audit,
     read_evidence,
     read_published,
@@ -34,12 +36,26 @@ from services.ledger.audit import (
 from services.ledger.audit_sql import Checked
 from services.ledger.audit_sql import audit as audit_tables
 from services.ledger.portability import BadFile, InUse, Manifest, NotEmpty, export_journal, import_journal
-from services.ledger.replay import Replayed, ShadowMissing
+from services.ledger.replay import Replayed, ShadowInUse, ShadowMissing
 from services.ledger.replay import replay as replay_journal
 from services.ledger.signing import InvalidSigningKey, read_public_keys
 
 OWNER: Final = "ledger_owner"
 READER: Final = "ledger"
+
+REPLAY_CUT_OFF: Final = "The replay was interrupted: no balance was changed. The next begins anew."
+SWAP_CUT_OFF: Final = (
+    "The replay was interrupted as it replaced what differs: it is replaced whole, or not at all. `scrip replay` tells."
+)
+AUDIT_CUT_OFF: Final = "The audit was interrupted: nothing was changed, and where the last one got stays noted."
+IMPORT_CUT_OFF: Final = "The import was interrupted: nothing was imported. The next begins anew."
+IMPORT_ENDING_CUT_OFF: Final = (
+    "The import was interrupted as it ended: the record is there whole, or not at all, as `scrip journal import` tells."
+    " If it is, its balances are not: run `scrip replay --swap`."
+)
+IMPORT_NOT_REPLAYED: Final = (
+    "The import was interrupted: the record is there whole, its balances are not. Run `scrip replay --swap`."
+)
 
 journal = typer.Typer(help="The ledger's record as a file.", no_args_is_help=True)
 
@@ -64,8 +80,13 @@ def replay(
 ) -> None:
     """Rebuild every projection from the journal and compare, byte by byte. Exit code 1 if they differ."""
     console = Console()
-    with stack_with("postgres") as stack:
-        result = _replay(stack, console, verify=verify, swap=swap)
+    with interruptible(console, REPLAY_CUT_OFF) as standing, stack_with("postgres") as stack:
+
+        def ending() -> None:
+            if swap:
+                standing.sentence = SWAP_CUT_OFF
+
+        result = _replay(stack, console, verify=verify, swap=swap, on_rebuilt=ending)
     show_replayed(console, result)
     raise typer.Exit(0 if result.is_equal or (swap and not result.heads_astray) else 1)
 
@@ -82,7 +103,7 @@ def audit_ledger(
     """
     console = Console()
     layout = state.locate()
-    with stack_with("postgres") as stack:
+    with interruptible(console, AUDIT_CUT_OFF) as standing, stack_with("postgres") as stack:
         try:
             keys = read_public_keys(layout.ledger_public_keys_file)
             evidence = read_evidence(layout.audit_file)
@@ -97,8 +118,16 @@ def audit_ledger(
             evidence, forged = asyncio.run(_published(stack, evidence))
         caps = frozenset(unit.name for unit in load_catalogue(CATALOGUE_FILE).units.values() if unit.kind == "cap")
         url = stack.database_url(READER)
-        with _progress(console, "auditing") as on_progress:
-            found = audit(url, keys=keys, caps=caps, evidence=evidence, since_last=since_last, on_progress=on_progress)
+
+        def tell(done: int, total: int) -> None:
+            on_progress(done, total)
+            standing.sentence = f"{AUDIT_CUT_OFF} It had read {done} of {total} entries."
+
+        try:
+            with _progress(console, "auditing") as on_progress:
+                found = audit(url, keys=keys, caps=caps, evidence=evidence, since_last=since_last, on_progress=tell)
+        except ProcessEnded as error:
+            raise StackError(f"Not all was audited, so nothing is known: {error}.") from error
         checked = () if since_last else audit_tables(url)
     show_audited(console, found, checked, forged)
     if not found.is_clean or forged or any(check.breaches for check in checked):
@@ -117,7 +146,8 @@ def export_record(
 ) -> None:
     """Write everything that was ever decided to a file, with sums by which it is known to be whole."""
     console = Console()
-    with stack_with("postgres") as stack:
+    cut_off = f"The export was interrupted: {file} was not written. The next begins anew."
+    with interruptible(console, cut_off) as standing, stack_with("postgres") as stack:
         try:
             with _progress(console, "exporting") as on_progress:
                 manifest = export_journal(
@@ -125,6 +155,7 @@ def export_record(
                 )
         except OSError as error:
             raise StackError(f"{file} cannot be written: {error.strerror}.") from error
+        standing.sentence = f"The export was interrupted when {file} was whole."
     show_manifest(console, manifest)
 
 
@@ -132,17 +163,24 @@ def export_record(
 def import_record(file: File) -> None:
     """Read a file into a ledger in which nothing has happened yet, and rebuild its balances. Scrip must be stopped."""
     console = Console()
-    with stack_with("postgres") as stack:
+    with interruptible(console, IMPORT_CUT_OFF) as standing, stack_with("postgres") as stack:
         stack.migrate()
+
+        def tell(done: int, total: int) -> None:
+            on_progress(done, total)
+            if done == total:
+                standing.sentence = IMPORT_ENDING_CUT_OFF
+
         try:
             with _progress(console, "importing") as on_progress:
-                manifest = import_journal(stack.database_url(OWNER), file, on_progress=on_progress)
+                manifest = import_journal(stack.database_url(OWNER), file, on_progress=tell)
         except OSError as error:
             raise StackError(f"{file} cannot be read: {error.strerror}.") from error
         except BadFile as error:
             raise StackError(f"{file} is refused, and nothing was imported: {error}.") from error
         except (NotEmpty, InUse) as error:
             raise StackError(f"Nothing was imported: {error}.") from error
+        standing.sentence = IMPORT_NOT_REPLAYED
         show_manifest(console, manifest)
         _replay(stack, console, verify=False, swap=True)
         result = _replay(stack, console, verify=False, swap=False)
@@ -209,12 +247,23 @@ async def _published(stack: Stack, evidence: Evidence) -> tuple[Evidence, tuple[
         raise StackError(f"What was published as signed could not be read: {error!r}.") from error
 
 
-def _replay(stack: Stack, console: Console, *, verify: bool, swap: bool) -> Replayed:
+def _replay(
+    stack: Stack, console: Console, *, verify: bool, swap: bool, on_rebuilt: Callable[[], None] = lambda: None
+) -> Replayed:
+    """`on_rebuilt`: from here on it replaces what differs."""
+
+    def tell(done: int, total: int) -> None:
+        on_progress(done, total)
+        if done == total:
+            on_rebuilt()
+
     try:
         with _progress(console, "replaying") as on_progress:
-            return replay_journal(stack.database_url(OWNER), on_progress=on_progress, by_evolve=verify, swap=swap)
+            return replay_journal(stack.database_url(OWNER), on_progress=tell, by_evolve=verify, swap=swap)
     except ShadowMissing as error:
         raise StackError(f"The replay has nowhere to go: {error}. Run `scrip migrate` once.") from error
+    except ShadowInUse as error:
+        raise StackError(f"Nothing was replayed: {error}. Wait for its end.") from error
 
 
 class _Rate(ProgressColumn):

@@ -8,8 +8,11 @@ import base64
 import json
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection as Pipe
 from multiprocessing.connection import wait
@@ -241,8 +244,10 @@ def _in_processes(tasks: Sequence[Task], processes: int, on_progress: Callable[[
     try:
         for _ in range(processes):
             ours, theirs = context.Pipe(duplex=False)
-            children[ours] = context.Process(target=audit_in_turn, args=(tasks, turn, counted, theirs), daemon=True)
-            children[ours].start()
+            child: BaseProcess = context.Process(target=audit_in_turn, args=(tasks, turn, counted, theirs), daemon=True)
+            with _uninterrupted():
+                child.start()
+                children[ours] = child
             theirs.close()
         while children:
             ready = wait(list(children), PROGRESS_SECONDS)
@@ -268,6 +273,26 @@ def _in_processes(tasks: Sequence[Task], processes: int, on_progress: Callable[[
     if len(results) != len(tasks):
         raise ProcessEnded(f"{len(results)} of {len(tasks)} partitions were audited")
     return results
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """What ends this process waits for a child to be started. The child hears of no Ctrl-C: who began it ends it."""
+    late: list[int] = []
+    before: dict[int, Any] = {}
+    # Only the main thread handles signals, and may say how.
+    if threading.current_thread() is threading.main_thread():
+        for each in (signal.SIGINT, signal.SIGTERM):
+            before[each] = signal.signal(each, lambda number, _: late.append(number))
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in late:
+            signal.raise_signal(number)
 
 
 def _alone(tasks: Sequence[Task], on_progress: Callable[[int], None]) -> list[Result]:

@@ -83,6 +83,19 @@ CHECKS: Final = (
            OR h.outbox_number < coalesce((SELECT max(number) FROM outbox o WHERE o.partition = h.partition), 0)
         """,
     ),
+    # A record that was taken to another ledger left its dead letters behind.
+    Check(
+        "a bundle's dead lines are those that were put aside, or more",
+        r"""
+        SELECT partition, number, b.lines_dead, d.letters
+        FROM (
+            SELECT partition, substring(reason FROM '^(?:line|reversal) \d+ of bundle (\d+): ')::bigint AS number,
+                   count(*) AS letters
+            FROM dead_letters GROUP BY 1, 2
+        ) d JOIN bundles b USING (partition, number)
+        WHERE b.lines_dead < d.letters
+        """,
+    ),
     Check(
         "claims take of a payment what they come to, and freeze no more",
         """

@@ -125,7 +125,10 @@ def import_journal(owner_url: SecretStr, path: Path, *, on_progress: Progress = 
     total = _last_line(path)
     with _connect(owner_url) as connection:
         connection.execute("LOCK TABLE heads IN EXCLUSIVE MODE")
-        return _Import(connection, path, lambda done: on_progress(min(done, total), total)).run()
+        manifest = _Import(connection, path, lambda done: on_progress(min(done, total - 1), total)).run()
+        # What comes now makes it so.
+        on_progress(total, total)
+    return manifest
 
 
 def _connect(url: SecretStr) -> Connection[TupleRow]:

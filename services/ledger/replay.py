@@ -8,7 +8,7 @@ place of what is live.
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, LiteralString, TypeVar
@@ -36,6 +36,7 @@ FETCH_ROWS: Final = 20_000
 WORKERS: Final = 2
 # Longer than an owner goes without looking at its leases, shorter than a caller waits for an owner.
 DEPOSED_SECONDS: Final = 4
+CANCEL_SECONDS: Final = 0.1
 # What is summed at once, in pages of the journal: enough that groups are few, and that progress is seen.
 PARTS_MIN: Final = 4
 PAGES_MAX: Final = 4_096
@@ -53,6 +54,10 @@ _Range = dict[str, Any]
 
 class ShadowMissing(Exception):
     """There is no schema to replay into, and this role may not make one."""
+
+
+class ShadowInUse(Exception):
+    """Another replay is at work there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +105,10 @@ def replay(
     """Rebuild and compare, as the role that owns the schema. The shadow stays to be looked at.
 
     `swap`: nothing is committed meanwhile, and what differs is replaced by what was rebuilt; owners lose their leases
-    and what they remember. Readers see the tables as they were or as they are then, nothing in between.
+    and what they remember. Readers see the tables as they were or as they are then, nothing in between. ShadowMissing,
+    ShadowInUse.
     """
-    with _connect(owner_url) as connection:
+    with _connect(owner_url) as connection, _alone(connection):
         _make_shadow(connection)
         if swap:
             # Nothing is committed from here on, but by workers, which has to be seen.
@@ -137,16 +143,33 @@ def _connect(url: SecretStr) -> Connection[TupleRow]:
     connection = psycopg.connect(
         url.get_secret_value(),
         application_name="scrip-replay",
-        options=f"-c timezone=UTC -c search_path={SHADOW},{LIVE} -c jit=off -c work_mem=64MB",
+        # Of one that was killed the server would go on with what it was asked last.
+        options=f"-c timezone=UTC -c search_path={SHADOW},{LIVE} -c jit=off -c work_mem=64MB"
+        " -c client_connection_check_interval=1s",
     )
     connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
     return connection
 
 
-def _make_shadow(connection: Connection[TupleRow]) -> None:
-    """An empty shadow, committed, of which nobody else makes another until this connection is closed."""
-    connection.execute("SELECT pg_advisory_lock(hashtext('ledger replay'))")
+@contextmanager
+def _alone(connection: Connection[TupleRow]) -> Iterator[None]:
+    """Nobody else replays meanwhile: all in the same shadow."""
+    if not _value(connection, "SELECT pg_try_advisory_lock(hashtext('ledger replay'))"):
+        raise ShadowInUse("another replay is at work")
     connection.commit()
+    try:
+        yield
+        connection.commit()
+    finally:
+        # The next need not wait until the server notices that nobody is there any more.
+        if not connection.broken:
+            connection.rollback()
+            connection.execute("SELECT pg_advisory_unlock(hashtext('ledger replay'))")
+            connection.commit()
+
+
+def _make_shadow(connection: Connection[TupleRow]) -> None:
+    """An empty shadow, committed. What one that was interrupted left of another goes."""
     if connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = %s", [SHADOW]).fetchone() is None:
         try:
             connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(SHADOW)))
@@ -263,8 +286,10 @@ def _all(workers: Sequence[_Worker], work: Callable[[_Worker], T]) -> list[T]:
         try:
             return [each.result() for each in doing]
         except BaseException:
-            for worker in workers:
-                worker.connection.cancel_safe()
+            # Told between two statements, a worker would begin the next.
+            while wait(doing, CANCEL_SECONDS).not_done:
+                for worker in workers:
+                    worker.connection.cancel_safe()
             raise
 
 

@@ -1,14 +1,16 @@
 """Laws of the replay: set-wise or entry by entry it comes to the same bytes, and a swap mends what was spoilt."""
 
 import asyncio
+import signal
+import threading
 import time
 
 import psycopg
 import pytest
 
 from contracts import ledger as words
-from services.ledger import tables
-from services.ledger.replay import LIVE, SHADOW, Compared, replay
+from services.ledger import replay_sql, tables
+from services.ledger.replay import LIVE, SHADOW, Compared, ShadowInUse, replay
 from tests.conftest import Database
 from tests.integration.ledger.driving import Driver
 from tests.integration.ledger.recording import recording
@@ -141,3 +143,74 @@ async def test_a_swap_of_what_is_equal_changes_no_row(database: Database) -> Non
         before = superuser.execute(statement).fetchone()
         assert replay(database.url("ledger_owner"), swap=True).is_equal
         assert superuser.execute(statement).fetchone() == before
+
+
+async def test_swaps_under_a_ledger_that_writes_lose_nothing_and_add_nothing(
+    driver: Driver, database: Database
+) -> None:
+    """What was granted between, before and after them is there once, and so is what the journal says of it."""
+    granted, is_over = asyncio.Queue[None](), asyncio.Event()
+    count = 0
+
+    async def grant() -> None:
+        nonlocal count
+        while not is_over.is_set():
+            await driver.accepted(words.Grant(idempotency_key=driver.key(), account="acme", unit="usd", amount="1"))
+            count += 1
+            granted.put_nowait(None)
+
+    async with driver.running(), asyncio.timeout(90):
+        await driver.funded("acme", "10")
+        granting = [asyncio.create_task(grant()) for _ in range(8)]
+        for _ in range(2):
+            for _ in range(granted.qsize() + 20):
+                await granted.get()
+            await driver.rows("UPDATE lots SET posted = posted + 7 WHERE posted > 0 RETURNING 1")
+            found = await asyncio.to_thread(replay, database.url("ledger_owner"), swap=True)
+            assert not found.is_equal
+            assert not found.heads_astray
+        is_over.set()
+        await asyncio.gather(*granting)
+    (row,) = await driver.rows("SELECT posted FROM wallets WHERE unit = 'usd'")
+    assert row[0] == (10 + count) * 10**9
+    assert (await asyncio.to_thread(replay, database.url("ledger_owner"))).is_equal
+
+
+async def test_of_two_replays_at_once_the_second_does_nothing(database: Database) -> None:
+    async with recording(database.url("ledger")) as recorder:
+        await recorder.open()
+    owner, refused = database.url("ledger_owner"), list[ShadowInUse]()
+
+    def again(_done: int, _total: int) -> None:
+        with pytest.raises(ShadowInUse) as told:
+            replay(owner, swap=True)
+        refused.append(told.value)
+
+    assert replay(owner, on_progress=again).is_equal
+    assert refused
+    # One after the other, as fast as can be.
+    assert all(replay(owner).is_equal for _ in range(3))
+
+
+def test_a_replay_that_is_cut_off_while_its_workers_work_ends_at_once(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def live() -> None:
+        async with recording(database.url("ledger")) as recorder:
+            await recorder.open()
+            await recorder.live(30)
+
+    asyncio.run(live())
+    owner = database.url("ledger_owner")
+    with monkeypatch.context() as slow:
+        # One after another: whoever stops one of them has not stopped the work.
+        slow.setattr(replay_sql, "STEPS", ["SELECT pg_sleep(1)"] * 60)
+        interrupting = threading.Timer(
+            1.5, lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        )
+        interrupting.start()
+        begin = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            replay(owner)
+        assert time.monotonic() - begin < 30
+    assert replay(owner).is_equal
