@@ -115,9 +115,10 @@ class Told:
             calls = [use["data"] for use in of if use["type"] != "render"]
             renders = [use["data"]["n"] for use in of if use["type"] == "render"]
             into, out, render_price = PRICES[prices]
-            tokens = sum(into * each["input_tokens"] + out * each["output_tokens"] for each in calls)
-            usd = tokens / 1_000_000 + render_price * sum(renders) + Decimal("0.25") * len(renders)
-            found[account] = {"usd": usd, "calls": Decimal(len(calls))}
+            usd = render_price * sum(renders) + Decimal("0.25") * len(renders)
+            for each in calls:
+                usd += (into * each["input_tokens"] + out * each["output_tokens"]) / 1_000_000
+            found[account] = {"usd": usd} | ({"calls": Decimal(len(calls))} if calls else {})
         return found
 
 
