@@ -12,10 +12,9 @@ from services.kit.clock import now
 from services.kit.outbox import OutboxRow
 from services.metering import store, translate
 from services.metering.correcting import records, versions
-from services.metering.correcting.changing import Change, Item, Rating, Task, Voided, WaitsForAlias, write
+from services.metering.correcting.changing import Change, Item, Rating, Task, Voided, WaitsForAlias
 from services.metering.correcting.records import Correction, NewCorrection, Progress
 from services.metering.correcting.versions import Found, Named, Place
-from services.metering.domain.corrections import Amounts
 from services.metering.domain.prices import PriceBook
 from services.metering.domain.usage import Usage
 from services.metering.store import Connection
@@ -68,7 +67,6 @@ class Outcome:
     """What a correction came to. `repeated`: it was asked for before, and this is what it came to then."""
 
     counts: Mapping[str, int] = field(default_factory=dict)
-    difference: Amounts = field(default_factory=dict)
     items: Sequence[Item] = ()
     rows: Sequence[OutboxRow] = ()
     repeated: Correction | None = None
@@ -94,12 +92,11 @@ async def correct_named(
         connection, ((each, usage) for (each, usage, _) in wanted if not isinstance(usage, bytes)), book=book
     )
     changes = [_change(each, usage, rating) for each, usage, changed in wanted if changed]
-    written = await write(connection, changes, Task(new.id, new.reason, book), heads=heads, counters=rating.moved())
-    await records.add_items(connection, new.id, written.items)
+    task = Task(new.id, new.reason, book)
+    written = await records.write_and_record(connection, changes, task, heads=heads, counters=rating.moved())
     counts = {"events": len(asked), "corrected": len(changes), "unchanged": len(asked) - len(changes)}
-    difference: Amounts = total(written.items)
-    await records.write_progress(connection, new.id, Progress("done", None, counts, difference, now()))
-    return Outcome(counts, difference, written.items, written.rows)
+    await records.write_progress(connection, new.id, Progress("done", None, counts, total(written.items), now()))
+    return Outcome(counts, written.items, written.rows)
 
 
 def total(items: Iterable[Item]) -> dict[str, int]:

@@ -127,6 +127,15 @@ class Written:
     rows: Sequence[OutboxRow] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """What a transaction of a long correction came to, and where the next one goes on; None: it was the last."""
+
+    cursor: msgspec.Struct | None
+    counts: Mapping[str, int] = field(default_factory=dict)
+    written: Written = Written()
+
+
 class Rating:
     """Prices uses one after another within a transaction, each with what the ones before it left counted."""
 
