@@ -1,0 +1,90 @@
+"""Corrections are listed and shown, with what each did to which event."""
+
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+
+from fastapi import APIRouter, Depends
+from pydantic import BaseModel
+
+from contracts.money import Unit
+from services.kit.auth import require
+from services.metering.correcting import records
+from services.metering.correcting.records import RecordedItem
+from services.metering.routes.backend import Backend, connection
+from services.metering.routes.corrections.answers import UNKNOWN, Id, shown, unknown, view
+from services.metering.routes.paging import Limit, cursor, not_a_place, read_cursor
+from services.metering.translate.corrections import CorrectedEvent, CorrectionView, difference_text
+
+
+class CorrectionPage(BaseModel):
+    """Corrections, the latest first. `next_after` asks for the next page; null on the last."""
+
+    corrections: list[CorrectionView]
+    next_after: str | None
+
+
+class CorrectedPage(BaseModel):
+    """What a correction did to which event, in the order of partition, source and id."""
+
+    events: list[CorrectedEvent]
+    next_after: str | None
+
+
+def add_reading(router: APIRouter, backend: Callable[[], Backend]) -> None:
+    """All, one, and what one did."""
+    reader = Depends(require("metering:read"))
+
+    @router.get("/api/v1/corrections", dependencies=[reader])
+    async def list_corrections(limit: Limit = 100, after: str | None = None) -> CorrectionPage:
+        """All corrections, the latest first."""
+        place = None
+        if after is not None:
+            try:
+                at, id = read_cursor(after, list[str])
+                place = (datetime.fromisoformat(at).astimezone(UTC), id)
+            except (ValueError, OverflowError) as error:
+                raise not_a_place() from error
+        async with connection(backend()) as connected:
+            found = await records.list_before(connected, place, limit=limit + 1)
+        units = backend().prices.book().units
+        page = found[:limit]
+        last = page[-1] if len(found) > limit else None
+        return CorrectionPage(
+            corrections=[view(each, units) for each in page],
+            next_after=cursor([last.recorded_at.isoformat(), last.id]) if last else None,
+        )
+
+    @router.get("/api/v1/corrections/{id}", dependencies=[reader], responses=UNKNOWN)
+    async def show_correction(id: Id) -> CorrectionView:
+        """A correction: what was asked for, how far it is, and what it came to."""
+        return await shown(backend(), id)
+
+    @router.get("/api/v1/corrections/{id}/events", dependencies=[reader], responses=UNKNOWN)
+    async def list_corrected(id: Id, limit: Limit = 100, after: str | None = None) -> CorrectedPage:
+        """What a correction did to which event."""
+        place = read_cursor(after, tuple[int, str, str]) if after is not None else (-1, "", "")
+        async with connection(backend()) as connected:
+            known = await records.find(connected, id)
+            found = await records.items_after(connected, id, place, limit=limit + 1)
+        if known is None:
+            raise unknown(id)
+        page = found[:limit]
+        last = page[-1] if len(found) > limit else None
+        units = backend().prices.book().units
+        return CorrectedPage(
+            events=[_recorded(each, units) for each in page], next_after=cursor(last.key) if last else None
+        )
+
+
+def _recorded(item: RecordedItem, units: Mapping[str, Unit]) -> CorrectedEvent:
+    return CorrectedEvent(
+        source=item.source,
+        id=item.event_id,
+        account=item.account,
+        occurred_at=item.occurred_at,
+        from_revision=item.from_revision,
+        to_revision=item.to_revision,
+        difference=difference_text(records.amounts_from(item.difference), units),
+        undone=item.undone,
+        undone_revision=item.undone_revision,
+    )
