@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from typing import Any, Final
 
 import msgspec
@@ -18,11 +17,10 @@ from services.metering.correcting.versions import Found, Named, Place
 from services.metering.domain.prices import PriceBook
 from services.metering.domain.usage import Usage
 from services.metering.store import Connection
+from services.metering.translate.items import is_same_data
 
 # Of a request: they are one transaction.
 EVENTS_MAX: Final = 1_000
-
-_DATA: Final = msgspec.json.Decoder(float_hook=Decimal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,16 +161,12 @@ def _wanted_of(data: bytes | None, found: Found) -> tuple[Found, Usage | bytes |
         return found, None, not found.is_void
     if found.current is not None:
         usage = msgspec.structs.replace(found.current.usage(), revision=found.next_revision - 1)
-        return found, translate.amended_usage(usage, data), _differs(found.current.data.encode(), data)
+        return found, translate.amended_usage(usage, data), not is_same_data(found.current.data, data)
     assert found.waiting is not None
     assert found.waiting.body is not None
     body = translate.amended_body(found.waiting.body, data)
     before = msgspec.json.decode(found.waiting.body, type=dict[str, msgspec.Raw]).get("data", msgspec.Raw(b"{}"))
-    return found, body, _differs(bytes(before), data)
-
-
-def _differs(before: bytes, after: bytes) -> bool:
-    return bool(_DATA.decode(before) != _DATA.decode(after))
+    return found, body, not is_same_data(before, data)
 
 
 def _invalid(index: int, problem: Problem) -> Refusal:

@@ -6,7 +6,6 @@ How old they are does not matter. With `replace`, what the period holds of the a
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from decimal import Decimal
 from typing import Any, Final
 
 import msgspec
@@ -20,12 +19,11 @@ from services.metering.correcting.records import Correction
 from services.metering.correcting.versions import Found, Place
 from services.metering.domain.usage import Key, Usage
 from services.metering.store import Connection
+from services.metering.translate.items import is_same_data
 
 # Of a transaction.
 EVENTS_MAX: Final = 500
 DELETED_MAX: Final = 10_000
-
-_DATA: Final = msgspec.json.Decoder(float_hook=Decimal)
 
 
 class Parameters(msgspec.Struct, rename={"since": "from", "until": "to"}):
@@ -233,7 +231,7 @@ def _left_as(found: Found, usage: Usage, parameters: Parameters) -> str | None:
         return "other_time"
     if found.is_void:
         return None if parameters.replace else "void"
-    if _DATA.decode(last.data) == _DATA.decode(usage.data):
+    if is_same_data(last.data, usage.data):
         return "unchanged"
     return None if parameters.replace else "conflicting"
 

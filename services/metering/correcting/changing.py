@@ -188,7 +188,7 @@ class Rating:
     def carry(self, made: LoggedVersion, now: LoggedVersion) -> None:
         """Have carried what a charged version costs less by now than when it was made, since it was settled."""
         units = self._book.units
-        was, cost = (versions.amounts_of(each.amounts or "[]", units) for each in (made, now))
+        was, cost = (versions.amounts_of(each.amounts, units) for each in (made, now))
         for share in counts_of(now, self._book).shares:
             unit = share.unit.name
             if less := was.pop(unit, 0) - cost.pop(unit, 0):

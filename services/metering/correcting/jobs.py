@@ -4,27 +4,22 @@ Whoever has a correction's row locked goes on with it; who dies leaves it to the
 """
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final, assert_never
 
 import msgspec
 
 from services.kit.clock import now
-from services.kit.database import Writer
-from services.kit.outbox import OutboxRow
 from services.metering.correcting import backfilling, records, rerating, undoing
 from services.metering.correcting.changing import Item, Slice, Task
 from services.metering.correcting.records import Correction, Progress
 from services.metering.correcting.turns import InTurn, Turn
 from services.metering.domain.corrections import Amounts, State
 from services.metering.domain.prices import PriceBook
-from services.metering.engine import PriceKeeper
 from services.metering.queries.archive import whole
 from services.metering.store import Connection
 
-POLL_SECONDS: Final = 0.5
-RETRY_SECONDS: Final = 5.0
 # A dry run looks at no more than that, and for no longer.
 DRY_RUN_EVENTS_MAX: Final = 10_000
 DRY_RUN_SECONDS_MAX: Final = 8.0
@@ -117,16 +112,9 @@ async def preview(connection: Connection, correction: Correction, *, book: Price
 class Corrector(InTurn[str]):
     """Goes on with corrections that are under way, of whichever process they were asked."""
 
-    def __init__(self, *, writer: Writer, prices: PriceKeeper, notify: Callable[[Sequence[OutboxRow]], None]) -> None:
-        """`writer` is the corrector's own. `notify` is told what has been committed to the outbox."""
-        super().__init__(
-            place="metering.correct",
-            writer=writer,
-            prices=prices,
-            notify=notify,
-            poll_seconds=POLL_SECONDS,
-            retry_seconds=RETRY_SECONDS,
-        )
+    place = "metering.correct"
+    poll_seconds = 0.5
+    retry_seconds = 5.0
 
     async def find(self, connection: Connection, *, without: Collection[str]) -> str | None:
         """The id of the oldest one, locked: nobody else goes on with it meanwhile."""

@@ -368,7 +368,7 @@ def _own_credit(found: Found, made: Charged, book: PriceBook) -> dict[CounterKey
     assert current is not None
     assert version is not None
     more = dict(made.amounts)
-    for unit, steps in versions.amounts_of(current.amounts or "[]", book.units).items():
+    for unit, steps in versions.amounts_of(current.amounts, book.units).items():
         more[unit] = more.get(unit, 0) - steps
     shares = (*book.counts(made.usage, version).shares, *counts_of(current, book).shares)
     return {share.key: -steps for share in shares if (steps := more.pop(share.unit.name, 0))}

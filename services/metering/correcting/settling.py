@@ -26,9 +26,6 @@ from services.metering.domain.prices import CounterKey, PriceBook, period_end
 from services.metering.engine import PriceKeeper
 from services.metering.store import Connection
 
-POLL_SECONDS: Final = 1.0
-# What cannot be given back waits for use to be taken off; or for its month, if that is archived.
-RETRY_SECONDS: Final = 60.0
 # Of a transaction: each is a line given back, and no bundle takes more.
 EVENTS_MAX: Final = 250
 ACTOR: Final = "metering"
@@ -111,6 +108,11 @@ def _correction(key: CounterKey, changes: Sequence[Change], *, unit: str) -> New
 class Settler(InTurn[CounterKey]):
     """Gives back what counters of this process's partitions carry, counter by counter."""
 
+    place = "metering.settle"
+    poll_seconds = 1.0
+    # What cannot be given back waits for use to be taken off; or for its month, if that is archived.
+    retry_seconds = 60.0
+
     def __init__(
         self,
         *,
@@ -120,14 +122,7 @@ class Settler(InTurn[CounterKey]):
         notify: Callable[[Sequence[OutboxRow]], None],
     ) -> None:
         """`writer` is the settler's own. `notify` is told what has been committed to the outbox."""
-        super().__init__(
-            place="metering.settle",
-            writer=writer,
-            prices=prices,
-            notify=notify,
-            poll_seconds=POLL_SECONDS,
-            retry_seconds=RETRY_SECONDS,
-        )
+        super().__init__(writer=writer, prices=prices, notify=notify)
         self._partitions = partitions
 
     async def find(self, connection: Connection, *, without: Collection[CounterKey]) -> CounterKey | None:

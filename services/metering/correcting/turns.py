@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from services.kit.database import DATABASE_AWAY, Writer
 from services.kit.outbox import OutboxRow
@@ -35,22 +35,17 @@ class Turn:
 class InTurn(Worker, Generic[Id]):
     """Finds something that is to be done, does some of it, and finds the next, until there is none."""
 
-    def __init__(
-        self,
-        *,
-        place: str,
-        writer: Writer,
-        prices: PriceKeeper,
-        notify: Callable[[Sequence[OutboxRow]], None],
-        poll_seconds: float,
-        retry_seconds: float,
-    ) -> None:
+    place: ClassVar[str]
+    poll_seconds: ClassVar[float]
+    # What fails, or is stuck, is left for so long.
+    retry_seconds: ClassVar[float]
+
+    def __init__(self, *, writer: Writer, prices: PriceKeeper, notify: Callable[[Sequence[OutboxRow]], None]) -> None:
         """`writer` is this one's own. `notify` is told what has been committed to the outbox."""
-        super().__init__(place=place, poll_seconds=poll_seconds)
+        super().__init__(place=self.place, poll_seconds=self.poll_seconds)
         self._writer = writer
         self._prices = prices
         self._notify = notify
-        self._retry_seconds = retry_seconds
         # Until when not to try again.
         self._put_off: dict[Id, float] = {}
 
@@ -75,8 +70,8 @@ class InTurn(Worker, Generic[Id]):
                 turn = await self.go_on(connection, id)
         except VersionNotRead as error:
             assert id is not None
-            log.info("it waits for the price book", place=self._place, id=str(id), reason=str(error))
-            self._wait(id, self._poll_seconds)
+            log.info("it waits for the price book", place=self.place, id=str(id), reason=str(error))
+            self._wait(id, self.poll_seconds)
             with suppress(ValueError):
                 await self._prices.refresh()
             return True
@@ -85,21 +80,21 @@ class InTurn(Worker, Generic[Id]):
         except Exception as error:
             if id is None:
                 raise
-            FAULTS.labels(place=self._place).inc()
+            FAULTS.labels(place=self.place).inc()
             log.error(
                 "not done, it is tried again",
-                place=self._place,
+                place=self.place,
                 id=str(id),
-                retry_seconds=self._retry_seconds,
+                retry_seconds=self.retry_seconds,
                 exc_info=error,
             )
-            self._wait(id, self._retry_seconds)
+            self._wait(id, self.retry_seconds)
             return True
         self._notify(turn.rows)
         if turn.is_stuck:
-            self._wait(id, self._retry_seconds)
+            self._wait(id, self.retry_seconds)
         if turn.finished is not None:
-            log.info("finished", place=self._place, id=str(id), **turn.finished)
+            log.info("finished", place=self.place, id=str(id), **turn.finished)
         return True
 
     def _wait(self, id: Id, seconds: float) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from contracts.partition import partition_of
 from services.metering.correcting import settling
+from services.metering.correcting.settling import Settler
 from tests.integration.metering.correcting import add, agree, ask, correct, named, undo, until, version
 from tests.integration.metering.driving import WAIT_SECONDS_MAX, Driver, Json
 from tests.integration.metering.test_rerating import render, rerate
@@ -146,7 +147,7 @@ async def test_who_dies_before_the_commit_has_given_nothing_back(
         return settled
 
     monkeypatch.setattr(settling, "settle", dies)
-    monkeypatch.setattr(settling, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(Settler, "retry_seconds", 0.01)
     async with driver.running() as http, driver.running():
         await begin(http, driver, "acme-1")
         for number, n in enumerate((60, 40, 1)):

@@ -21,7 +21,7 @@ from services.metering.domain.corrections import State
 from services.metering.domain.prices import PriceBook
 from services.metering.routes.archive import of_whole_log
 from services.metering.routes.backend import Backend, away_as_problem, connection
-from services.metering.routes.corrections.answers import (
+from services.metering.routes.corrections_shown import (
     DRY_RUN,
     DryRun,
     as_dry_run,

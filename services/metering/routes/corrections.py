@@ -1,4 +1,4 @@
-"""Corrections are listed and shown, with what each did to which event."""
+"""Corrections over HTTP: asked for, backfilled and undone elsewhere; listed and shown here, with what each did."""
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -10,10 +10,13 @@ from contracts.money import Unit
 from services.kit.auth import require
 from services.metering.correcting import records
 from services.metering.correcting.records import RecordedItem
-from services.metering.routes.backend import Backend, connection
-from services.metering.routes.corrections.answers import UNKNOWN, Id, shown, unknown, view
+from services.metering.routes.backend import Backend, IngestLimits, connection
+from services.metering.routes.backfills import add_backfilling
+from services.metering.routes.corrections_asked import add_asking
+from services.metering.routes.corrections_shown import UNKNOWN, Id, corrected, shown, unknown, view
+from services.metering.routes.corrections_undone import add_undoing
 from services.metering.routes.paging import Limit, cursor, not_a_place, read_cursor
-from services.metering.translate.corrections import CorrectedEvent, CorrectionView, difference_text
+from services.metering.translate.corrections import CorrectedEvent, CorrectionView
 
 
 class CorrectionPage(BaseModel):
@@ -30,8 +33,17 @@ class CorrectedPage(BaseModel):
     next_after: str | None
 
 
-def add_reading(router: APIRouter, backend: Callable[[], Backend]) -> None:
-    """All, one, and what one did."""
+def corrections_router(backend: Callable[[], Backend], *, limits: IngestLimits) -> APIRouter:
+    """Corrections of what was charged."""
+    router = APIRouter(tags=["corrections"])
+    add_asking(router, backend)
+    add_backfilling(router, backend, limits)
+    add_undoing(router, backend)
+    _add_reading(router, backend)
+    return router
+
+
+def _add_reading(router: APIRouter, backend: Callable[[], Backend]) -> None:
     reader = Depends(require("metering:read"))
 
     @router.get("/api/v1/corrections", dependencies=[reader])
@@ -77,14 +89,5 @@ def add_reading(router: APIRouter, backend: Callable[[], Backend]) -> None:
 
 
 def _recorded(item: RecordedItem, units: Mapping[str, Unit]) -> CorrectedEvent:
-    return CorrectedEvent(
-        source=item.source,
-        id=item.event_id,
-        account=item.account,
-        occurred_at=item.occurred_at,
-        from_revision=item.from_revision,
-        to_revision=item.to_revision,
-        difference=difference_text(records.amounts_from(item.difference), units),
-        undone=item.undone,
-        undone_revision=item.undone_revision,
-    )
+    shown = corrected(item, records.amounts_from(item.difference), units)
+    return shown.model_copy(update={"undone": item.undone, "undone_revision": item.undone_revision})

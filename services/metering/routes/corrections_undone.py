@@ -11,7 +11,7 @@ from services.kit.problems import Problem
 from services.kit.telemetry import get_logger
 from services.metering.correcting import records
 from services.metering.routes.backend import Backend, connection
-from services.metering.routes.corrections.answers import UNKNOWN, DryRun, Id, locked, not_staging, previewed, shown
+from services.metering.routes.corrections_shown import UNKNOWN, DryRun, Id, locked, not_staging, previewed, shown
 from services.metering.translate.corrections import CorrectionView, UndoBody
 
 log = get_logger(__name__)

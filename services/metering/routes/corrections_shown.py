@@ -13,7 +13,8 @@ from services.metering.correcting import records
 from services.metering.correcting.amending import total
 from services.metering.correcting.changing import Item, VersionNotRead
 from services.metering.correcting.jobs import Preview, preview
-from services.metering.correcting.records import Correction
+from services.metering.correcting.records import Correction, RecordedItem
+from services.metering.domain.corrections import Amounts
 from services.metering.domain.prices import PriceBook
 from services.metering.queries.archive import PeriodArchived
 from services.metering.routes.archive import archived
@@ -105,13 +106,14 @@ def with_items(shown: CorrectionView, items: Sequence[Item], units: Mapping[str,
     """A correction, with what it does to events and accounts."""
     return shown.model_copy(
         update={
-            "events": [_corrected(each, units) for each in items[:SHOWN_MAX]],
+            "events": [corrected(each, each.difference, units) for each in items[:SHOWN_MAX]],
             "accounts": account_differences(((each.account, each.difference) for each in items), units),
         }
     )
 
 
-def _corrected(item: Item, units: Mapping[str, Unit]) -> CorrectedEvent:
+def corrected(item: Item | RecordedItem, difference: Amounts, units: Mapping[str, Unit]) -> CorrectedEvent:
+    """What a correction does to an event."""
     return CorrectedEvent(
         source=item.source,
         id=item.event_id,
@@ -119,7 +121,7 @@ def _corrected(item: Item, units: Mapping[str, Unit]) -> CorrectedEvent:
         occurred_at=item.occurred_at,
         from_revision=item.from_revision,
         to_revision=item.to_revision,
-        difference=difference_text(item.difference, units),
+        difference=difference_text(difference, units),
     )
 
 

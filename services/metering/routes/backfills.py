@@ -16,7 +16,7 @@ from services.metering.correcting import backfilling, records
 from services.metering.correcting.records import Correction
 from services.metering.domain.usage import Key, Usage
 from services.metering.routes.backend import Backend, IngestLimits, connection
-from services.metering.routes.corrections.answers import (
+from services.metering.routes.corrections_shown import (
     UNKNOWN,
     DryRun,
     Id,
