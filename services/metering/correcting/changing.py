@@ -172,18 +172,14 @@ class Rating:
         return cls(book=book, open_accounts=open_accounts, counters=await store.find_counters(connection, keys))
 
     def take_out(self, version: LoggedVersion) -> None:
-        """Have a charged version counted no more."""
-        counts = counts_of(version, self._book)
-        if counts.shares and version.amounts is not None:
-            amounts = versions.amounts_of(version.amounts, self._book.units)
-            self._move(take_out(self._counters, counts, amounts))
+        """Have a version counted no more, if it is."""
+        counts, amounts = counts_of(version, self._book), versions.amounts_of(version.amounts, self._book.units)
+        self._move(take_out(self._counters, counts, amounts))
 
     def put_in(self, version: LoggedVersion) -> None:
-        """Have a charged version counted again, at what it costs."""
-        counts = counts_of(version, self._book)
-        if counts.shares and version.amounts is not None:
-            amounts = versions.amounts_of(version.amounts, self._book.units)
-            self._move(put_in(self._counters, counts, amounts))
+        """Have a version counted again, at what it costs, if it ever was."""
+        counts, amounts = counts_of(version, self._book), versions.amounts_of(version.amounts, self._book.units)
+        self._move(put_in(self._counters, counts, amounts))
 
     def carry(self, made: LoggedVersion, now: LoggedVersion) -> None:
         """Have carried what a charged version costs less by now than when it was made, since it was settled."""

@@ -132,7 +132,7 @@ def _recounted(item: RecordedItem, found: Found, rating: Rating, *, recount: boo
     if recount:
         if current is not None:
             rating.take_out(current)
-        if before is not None and before.price_version is not None:
+        if before is not None:
             rating.put_in(before)
         return
     if current is not None and current.price_version is not None and not item.charged:
