@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from contracts.pricing import Counter
+from contracts.pricing import Counter, OwnPrice
 from services.kit.clock import now
 from services.kit.database import Writer
 from services.kit.outbox import OutboxRow
@@ -37,7 +37,7 @@ async def settle(connection: Connection, key: CounterKey, *, book: PriceBook) ->
 
     What is more than one transaction gives back stays in the counter. It is stuck if no use that is counted is there.
     """
-    partition, account, price_id, period = key
+    partition, _, price_id, _ = key
     heads = await store.lock_heads(connection, [partition])
     counter = (await store.find_counters(connection, [key])).get(key, NOT_COUNTED)
     if counter.credit >= 0:
@@ -46,38 +46,13 @@ async def settle(connection: Connection, key: CounterKey, *, book: PriceBook) ->
     price = book.counted_price(price_id)
     if price is None or price.period is None:
         raise VersionNotRead(f"with {price_id}")
-    cursor = await connection.execute(
-        """
-        SELECT partition, source, event_id, occurred_at FROM usage_log
-        WHERE partition = %s AND account = %s AND type = %s AND occurred_at >= %s AND occurred_at < %s
-              AND NOT superseded
-              AND (SELECT sum((each ->> 'exact')::numeric) FROM jsonb_array_elements(line_items) AS each
-                   WHERE each ->> 'price_id' = %s) > 0
-              AND EXISTS (SELECT FROM jsonb_array_elements(amounts) AS each
-                          WHERE each ->> 'unit' = %s AND (each ->> 'amount')::numeric > 0)
-        ORDER BY occurred_at DESC, source DESC, event_id DESC LIMIT %s
-        """,
-        [partition, account, price.type, period, period_end(price.period, period), price_id, price.unit, EVENTS_MAX],
-    )
-    rows = await cursor.fetchall()
-    places = [Place(number, source, id, at.astimezone(UTC)) for number, source, id, at in rows]
-    uses = await versions.find_uses(connection, places)
-    changes: list[Change] = []
-    credit = counter.credit
-    for found in (uses[place.key] for place in places):
-        if credit == 0:
-            break
-        assert found.current is not None
-        again = charged_again(found.current, revision=found.next_revision, units=book.units)
-        to, steps = lowered(again, key, -credit, book=book)
-        if steps:
-            credit += steps
-            changes.append(Change(found, to, [CounterMove(key, Counter(credit=steps))]))
+    changes = await _lower(connection, key, price, -counter.credit, book=book)
     if not changes:
         return Turn(is_stuck=True)
     new = _correction(key, changes, unit=price.unit)
     if not await records.begin(connection, new, state="running", recorded_at=now()):
         raise CorrectionExists(new.id)
+    credit = counter.credit + sum(each.counted[0].by.credit for each in changes)
     counters = {key: Counter(quantity=counter.quantity, credit=credit)}
     task = Task(new.id, new.reason, book)
     written = await records.write_and_record(connection, changes, task, heads=heads, counters=counters)
@@ -85,6 +60,63 @@ async def settle(connection: Connection, key: CounterKey, *, book: PriceBook) ->
     counts = {"events": len(changes), "corrected": len(changes)}
     await records.write_progress(connection, new.id, Progress("done", None, counts, total(written.items), now()))
     return Turn(written.rows)
+
+
+async def _lower(
+    connection: Connection, key: CounterKey, price: OwnPrice, steps: int, *, book: PriceBook
+) -> list[Change]:
+    """The latest uses that a counter counts, each to cost less, by no more than that in all."""
+    changes: list[Change] = []
+    last: Place | None = None
+    # Those that cost less than a step under the price have nothing to be given back: they do not hide the ones before.
+    while not changes and (places := await _find_latest(connection, key, price, before=last)):
+        last = places[-1]
+        uses = await versions.find_uses(connection, places)
+        for found in (uses[place.key] for place in places):
+            if steps == 0:
+                break
+            assert found.current is not None
+            again = charged_again(found.current, revision=found.next_revision, units=book.units)
+            to, less = lowered(again, key, steps, book=book)
+            if less:
+                steps -= less
+                changes.append(Change(found, to, [CounterMove(key, Counter(credit=less))]))
+    return changes
+
+
+async def _find_latest(
+    connection: Connection, key: CounterKey, price: OwnPrice, *, before: Place | None
+) -> list[Place]:
+    """The latest uses that may have been charged something under a price in a period, before one of them."""
+    partition, account, price_id, period = key
+    assert price.period is not None
+    place = None if before is None else (before.occurred_at, before.source, before.event_id)
+    cursor = await connection.execute(
+        """
+        SELECT partition, source, event_id, occurred_at FROM usage_log
+        WHERE partition = %(partition)s AND account = %(account)s AND type = %(type)s
+              AND occurred_at >= %(since)s AND occurred_at < %(until)s AND NOT superseded
+              AND (%(at)s::timestamptz IS NULL
+                   OR (occurred_at, source, event_id) < (%(at)s::timestamptz, %(source)s::text, %(event_id)s::text))
+              AND (SELECT sum((each ->> 'exact')::numeric) FROM jsonb_array_elements(line_items) AS each
+                   WHERE each ->> 'price_id' = %(price)s) > 0
+              AND EXISTS (SELECT FROM jsonb_array_elements(amounts) AS each
+                          WHERE each ->> 'unit' = %(unit)s AND (each ->> 'amount')::numeric > 0)
+        ORDER BY occurred_at DESC, source DESC, event_id DESC LIMIT %(limit)s
+        """,
+        {
+            "partition": partition,
+            "account": account,
+            "type": price.type,
+            "since": period,
+            "until": period_end(price.period, period),
+            **dict(zip(("at", "source", "event_id"), place or (None, None, None), strict=True)),
+            "price": price_id,
+            "unit": price.unit,
+            "limit": EVENTS_MAX,
+        },
+    )
+    return [Place(number, source, id, at.astimezone(UTC)) for number, source, id, at in await cursor.fetchall()]
 
 
 def _correction(key: CounterKey, changes: Sequence[Change], *, unit: str) -> NewCorrection:

@@ -133,6 +133,23 @@ async def test_no_more_is_given_back_than_what_counted_cost(driver: Driver, monk
         assert [each["counts"]["corrected"] for each in found] == [1, 3, 3, 3]
 
 
+async def test_use_that_cost_less_than_a_step_does_not_hide_what_can_be_given_back(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settling, "EVENTS_MAX", 1)
+    steep = [{"up_to": "100", "price": "1"}, {"up_to": None, "price": "0.2"}]
+    tiny = {"data": {"n": "0.000000001"}, "time": "2026-03-30T12:00:00Z"}
+    async with driver.running() as http:
+        await begin(http, driver, "acme-1", prices=falling(tiers=steep))
+        await driver.publish([render(0, 60), render(1, 40)])
+        await driver.until_counted(new=2, charged=2)
+        # Both cost a fee, and under the price that has fallen a fifth of a step each: nothing to be given back.
+        await driver.publish([render(2, 0) | tiny, render(3, 0) | tiny])
+        await driver.until_counted(new=4, charged=4)
+        await until_settled(driver)
+        assert await agree(http, driver) == {"acme-1": {"usd": Decimal(20) + 4 * Decimal("0.25")}}
+
+
 async def test_who_dies_before_the_commit_has_given_nothing_back(
     driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
