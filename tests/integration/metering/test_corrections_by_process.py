@@ -140,22 +140,30 @@ class Request:
             assert answer.status_code in (200, 201, 202), answer.text
 
 
-async def begin(what: str, told: Told, http: httpx2.AsyncClient, driver: Driver) -> Request | None:
+async def report(told: Told, driver: Driver) -> None:
+    """Have further use reported, of which something is soon to be given back."""
+    uses = told.further()
+    accounts = {use["subject"] for use in uses}
+    await driver.open(*accounts)
+    await driver.until_open([*accounts])
+    await driver.publish(uses)
+
+
+async def begin(what: str, told: Told, driver: Driver) -> Request | None:
     """Have there be one more of a kind to be done; what is to be asked for, if it is not done by itself."""
     id = f"{what}-{len(told.uses)}-{len(told.void)}-{len(told.rerated)}"
     match what:
         case "settle":
-            uses = told.further()
-            accounts = {use["subject"] for use in uses}
-            await driver.open(*accounts)
-            await driver.until_open([*accounts])
-            await driver.publish(uses)
+            await report(told, driver)
             return None
         case "void":
             calls = [use["id"] for use in told.uses if use["type"] != "render" and use["id"] not in told.void][:3]
             told.void += calls
             return Request("", {"id": id, "kind": "void", "events": [{"source": "demo", "id": call} for call in calls]})
         case "rerate":
+            # While it is settled what is charged now.
+            await report(told, driver)
+            await driver.until("SELECT count(*)::int FROM seen", len(told.uses))
             prices = "falling" if "plain" in told.prices.values() else "plain"
             told.rerated.append((id, told.prices))
             told.prices = dict.fromkeys(told.prices, prices)
@@ -190,14 +198,14 @@ async def kill_in_turn(
             if number == 0:
                 await add(http, driver, falling("falling", tiers=STEEP))
                 await add(http, driver, PLAIN)
-                await begin("settle", told, http, driver)
+                await report(told, driver)
             if request is not None:
                 await request.ask(http, driver)
             await exact(http, driver, told)
             if what is None or point is None:
                 return
             await points.begin(connection=CONNECTIONS[what], point=point)
-            request = await begin(what, told, http, driver)
+            request = await begin(what, told, driver)
             asking = [] if request is None else [asyncio.create_task(request.ask(http, driver))]
             await points.until_reached()
             process.end()
