@@ -75,21 +75,27 @@ def test_an_event_on_a_strange_partition_is_sent_on_and_charged_once(
 
 
 def test_use_of_a_foreign_subject_is_kept_and_charged_once_when_it_is_mapped(
-    reporter: Api, metering: Api, ledger: Api
+    stack: ScratchStack, reporter: Api, metering: Api, ledger: Api
 ) -> None:
     account, subject = _opened(ledger, fresh("mapped")), fresh("Müller & Söhne")
-    use = event(fresh("use"), subject)
+    use, later = event(fresh("use"), subject), event(fresh("later"), subject)
     assert reporter.post("/api/v1/events", [use, use], content_type="application/json").status_code == 204
 
-    def unmapped() -> list[dict[str, Any]]:
+    def unmapped() -> list[str]:
         found = metering.json(f"/api/v1/set-aside?reason=unmapped&key={quote(subject)}")["set_aside"]
-        return list(found)
+        return [each["id"] for each in found]
 
-    eventually(unmapped, lambda found: len(found) == 1)
-    assert metering.put(f"/api/v1/aliases/{quote(subject)}", {"account": account}).status_code == 201
+    eventually(unmapped, lambda found: found == [use["id"]])
+    for _ in range(2):
+        assert f"{subject} stands for {account}" in _said(stack, "alias", "add", subject, account)
     _charged(ledger, account, COST)
     assert unmapped() == []
     assert reporter.post("/api/v1/events", use).status_code == 204
+    _charged(ledger, account, COST)
+    # Forgotten, what it took stays where it went, and what comes waits.
+    assert f"{subject} does not stand for {account} any more" in _said(stack, "alias", "delete", subject)
+    assert reporter.post("/api/v1/events", [use, later], content_type="application/json").status_code == 204
+    eventually(unmapped, lambda found: found == [later["id"]])
     _charged(ledger, account, COST)
 
 
@@ -146,6 +152,13 @@ def _charged(ledger: Api, account: str, dollars: str) -> None:
     eventually(charged, lambda found: found == dollars)
     time.sleep(0.5)
     assert charged() == dollars
+
+
+def _said(stack: ScratchStack, *command: str) -> str:
+    """What `scrip` says."""
+    done = stack.scrip(*command)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 def _letters_with(metering: Api, text: str) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from typing import Any, Final
 
 import msgspec
@@ -12,18 +11,16 @@ from services.kit.clock import now
 from services.kit.outbox import OutboxRow
 from services.metering import store, translate
 from services.metering.correcting import records, versions
-from services.metering.correcting.changing import Change, Item, Rating, Task, Voided, WaitsForAlias, write
+from services.metering.correcting.changing import Change, Item, Rating, Task, Voided, WaitsForAlias
 from services.metering.correcting.records import Correction, NewCorrection, Progress
 from services.metering.correcting.versions import Found, Named, Place
-from services.metering.domain.corrections import Amounts
 from services.metering.domain.prices import PriceBook
 from services.metering.domain.usage import Usage
 from services.metering.store import Connection
+from services.metering.translate.items import is_same_data
 
 # Of a request: they are one transaction.
 EVENTS_MAX: Final = 1_000
-
-_DATA: Final = msgspec.json.Decoder(float_hook=Decimal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +65,6 @@ class Outcome:
     """What a correction came to. `repeated`: it was asked for before, and this is what it came to then."""
 
     counts: Mapping[str, int] = field(default_factory=dict)
-    difference: Amounts = field(default_factory=dict)
     items: Sequence[Item] = ()
     rows: Sequence[OutboxRow] = ()
     repeated: Correction | None = None
@@ -94,12 +90,11 @@ async def correct_named(
         connection, ((each, usage) for (each, usage, _) in wanted if not isinstance(usage, bytes)), book=book
     )
     changes = [_change(each, usage, rating) for each, usage, changed in wanted if changed]
-    written = await write(connection, changes, Task(new.id, new.reason, book), heads=heads, counters=rating.moved())
-    await records.add_items(connection, new.id, written.items)
+    task = Task(new.id, new.reason, book)
+    written = await records.write_and_record(connection, changes, task, heads=heads, counters=rating.moved())
     counts = {"events": len(asked), "corrected": len(changes), "unchanged": len(asked) - len(changes)}
-    difference: Amounts = total(written.items)
-    await records.write_progress(connection, new.id, Progress("done", None, counts, difference, now()))
-    return Outcome(counts, difference, written.items, written.rows)
+    await records.write_progress(connection, new.id, Progress("done", None, counts, total(written.items), now()))
+    return Outcome(counts, written.items, written.rows)
 
 
 def total(items: Iterable[Item]) -> dict[str, int]:
@@ -166,16 +161,12 @@ def _wanted_of(data: bytes | None, found: Found) -> tuple[Found, Usage | bytes |
         return found, None, not found.is_void
     if found.current is not None:
         usage = msgspec.structs.replace(found.current.usage(), revision=found.next_revision - 1)
-        return found, translate.amended_usage(usage, data), _differs(found.current.data.encode(), data)
+        return found, translate.amended_usage(usage, data), not is_same_data(found.current.data, data)
     assert found.waiting is not None
     assert found.waiting.body is not None
     body = translate.amended_body(found.waiting.body, data)
     before = msgspec.json.decode(found.waiting.body, type=dict[str, msgspec.Raw]).get("data", msgspec.Raw(b"{}"))
-    return found, body, _differs(bytes(before), data)
-
-
-def _differs(before: bytes, after: bytes) -> bool:
-    return bool(_DATA.decode(before) != _DATA.decode(after))
+    return found, body, not is_same_data(before, data)
 
 
 def _invalid(index: int, problem: Problem) -> Refusal:

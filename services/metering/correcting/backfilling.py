@@ -6,7 +6,6 @@ How old they are does not matter. With `replace`, what the period holds of the a
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from decimal import Decimal
 from typing import Any, Final
 
 import msgspec
@@ -15,18 +14,16 @@ from psycopg import sql
 from contracts.partition import partition_of
 from services.metering import store, translate
 from services.metering.correcting import records, rerating, versions
-from services.metering.correcting.changing import Change, Rating, Task, Voided, Written, write
+from services.metering.correcting.changing import Change, Rating, Slice, Task, Voided
 from services.metering.correcting.records import Correction
-from services.metering.correcting.rerating import Counts
 from services.metering.correcting.versions import Found, Place
 from services.metering.domain.usage import Key, Usage
 from services.metering.store import Connection
+from services.metering.translate.items import is_same_data
 
 # Of a transaction.
 EVENTS_MAX: Final = 500
 DELETED_MAX: Final = 10_000
-
-_DATA: Final = msgspec.json.Decoder(float_hook=Decimal)
 
 
 class Parameters(msgspec.Struct, rename={"since": "from", "until": "to"}):
@@ -56,15 +53,6 @@ class Cursor(msgspec.Struct):
     is_replacing: bool = False
     place: tuple[str, str, str] | None = None
     number: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Applied:
-    """What a transaction came to, and where the next one goes on; None: it was the last."""
-
-    cursor: Cursor | None
-    counts: Counts
-    written: Written
 
 
 # Staging --------------------------------------------------------------------------------------------------------------
@@ -186,7 +174,7 @@ async def first_cursor(connection: Connection, correction: Correction, parameter
 
 async def apply_slice(
     connection: Connection, correction: Correction, task: Task, parameters: Parameters, cursor: Cursor
-) -> Applied:
+) -> Slice:
     """Apply the next slice, in the caller's transaction. VersionNotRead."""
     if cursor.is_replacing:
         return await _replace_slice(connection, correction, task, parameters, cursor)
@@ -206,7 +194,7 @@ async def apply_slice(
     known = await store.claim(connection, sorted(usages, key=lambda usage: usage.key)) if usages else {}
     heads = await store.lock_heads(connection, [parameters.partition])
     uses = await _find_known(connection, known)
-    counts: Counts = {"events": len(usages), "corrected": 0}
+    counts = {"events": len(usages), "corrected": 0}
     wanted: list[tuple[Found, Usage]] = []
     for usage in usages:
         found = uses.get(usage.key)
@@ -225,11 +213,11 @@ async def apply_slice(
         if found.current is not None:
             rating.take_out(found.current)
         changes.append(Change(found, rating.rated(usage), rating.moves()))
-    written = await _write(connection, task, changes, heads=heads, rating=rating)
+    written = await records.write_and_record(connection, changes, task, heads=heads, counters=rating.moved())
     following = None
     if len(rows) == EVENTS_MAX:
         following = msgspec.structs.replace(cursor, done=cursor.done + len(rows), number=rows[-1][0])
-    return Applied(following, counts, written)
+    return Slice(following, counts, written)
 
 
 def _left_as(found: Found, usage: Usage, parameters: Parameters) -> str | None:
@@ -243,7 +231,7 @@ def _left_as(found: Found, usage: Usage, parameters: Parameters) -> str | None:
         return "other_time"
     if found.is_void:
         return None if parameters.replace else "void"
-    if _DATA.decode(last.data) == _DATA.decode(usage.data):
+    if is_same_data(last.data, usage.data):
         return "unchanged"
     return None if parameters.replace else "conflicting"
 
@@ -268,7 +256,7 @@ async def _find_known(connection: Connection, known: Mapping[Key, bytes]) -> dic
 
 async def _replace_slice(
     connection: Connection, correction: Correction, task: Task, parameters: Parameters, cursor: Cursor
-) -> Applied:
+) -> Slice:
     """Have the next of what the period holds be void."""
     heads = await store.lock_heads(connection, [parameters.partition])
     where, values = _to_be_void(correction, parameters, cursor.place)
@@ -289,7 +277,7 @@ async def _replace_slice(
         if each.current is not None:
             rating.take_out(each.current)
         changes.append(Change(each, Voided(), rating.moves()))
-    written = await _write(connection, task, changes, heads=heads, rating=rating)
+    written = await records.write_and_record(connection, changes, task, heads=heads, counters=rating.moved())
     following = msgspec.structs.replace(cursor, done=cursor.done + len(rows))
     if len(rows) == EVENTS_MAX:
         last = places[-1]
@@ -297,7 +285,7 @@ async def _replace_slice(
     else:
         following = msgspec.structs.replace(following, is_replacing=False, place=None)
     counts = {"events": len(rows), "corrected": len(rows), "replaced": len(rows)}
-    return Applied(following, counts, written)
+    return Slice(following, counts, written)
 
 
 def _to_be_void(
@@ -328,14 +316,6 @@ def _to_be_void(
         ),
         values,
     )
-
-
-async def _write(
-    connection: Connection, task: Task, changes: Sequence[Change], *, heads: Mapping[int, Any], rating: Rating
-) -> Written:
-    written = await write(connection, changes, task, heads=heads, counters=rating.moved())
-    await records.add_items(connection, task.id, written.items)
-    return written
 
 
 async def _fetch(connection: Connection, statement: Any, values: Any) -> list[Any]:

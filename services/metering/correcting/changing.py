@@ -127,6 +127,15 @@ class Written:
     rows: Sequence[OutboxRow] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """What a transaction of a long correction came to, and where the next one goes on; None: it was the last."""
+
+    cursor: msgspec.Struct | None
+    counts: Mapping[str, int] = field(default_factory=dict)
+    written: Written = Written()
+
+
 class Rating:
     """Prices uses one after another within a transaction, each with what the ones before it left counted."""
 
@@ -163,23 +172,19 @@ class Rating:
         return cls(book=book, open_accounts=open_accounts, counters=await store.find_counters(connection, keys))
 
     def take_out(self, version: LoggedVersion) -> None:
-        """Have a charged version counted no more."""
-        counts = counts_of(version, self._book)
-        if counts.shares and version.amounts is not None:
-            amounts = versions.amounts_of(version.amounts, self._book.units)
-            self._move(take_out(self._counters, counts, amounts))
+        """Have a version counted no more, if it is."""
+        counts, amounts = counts_of(version, self._book), versions.amounts_of(version.amounts, self._book.units)
+        self._move(take_out(self._counters, counts, amounts))
 
     def put_in(self, version: LoggedVersion) -> None:
-        """Have a charged version counted again, at what it costs."""
-        counts = counts_of(version, self._book)
-        if counts.shares and version.amounts is not None:
-            amounts = versions.amounts_of(version.amounts, self._book.units)
-            self._move(put_in(self._counters, counts, amounts))
+        """Have a version counted again, at what it costs, if it ever was."""
+        counts, amounts = counts_of(version, self._book), versions.amounts_of(version.amounts, self._book.units)
+        self._move(put_in(self._counters, counts, amounts))
 
     def carry(self, made: LoggedVersion, now: LoggedVersion) -> None:
         """Have carried what a charged version costs less by now than when it was made, since it was settled."""
         units = self._book.units
-        was, cost = (versions.amounts_of(each.amounts or "[]", units) for each in (made, now))
+        was, cost = (versions.amounts_of(each.amounts, units) for each in (made, now))
         for share in counts_of(now, self._book).shares:
             unit = share.unit.name
             if less := was.pop(unit, 0) - cost.pop(unit, 0):

@@ -11,8 +11,10 @@ from psycopg.rows import class_row
 
 from contracts.partition import partition_of
 from contracts.pricing import Counter
-from services.metering.correcting.changing import Item
+from services.metering.correcting.changing import Change, Item, Task, Written, write
+from services.metering.domain.charging import Head
 from services.metering.domain.corrections import Amounts, CounterMove, Kind, State
+from services.metering.domain.prices import CounterKey
 from services.metering.domain.usage import Key
 from services.metering.store import Connection
 
@@ -154,17 +156,17 @@ async def find(connection: Connection, id: str, *, lock: bool = False) -> Correc
         return await cursor.fetchone()
 
 
-async def find_under_way(connection: Connection, *, without: Collection[str]) -> Correction | None:
+async def find_under_way(connection: Connection, *, without: Collection[str]) -> str | None:
     """The oldest correction that is under way and that nobody else goes on with at this moment; locked."""
-    async with connection.cursor(row_factory=class_row(Correction)) as cursor:
-        await cursor.execute(
-            f"""
-            SELECT {_CORRECTION} FROM corrections WHERE state IN ('running', 'undoing') AND id <> ALL(%s)
-            ORDER BY recorded_at LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED
-            """,
-            [list(without)],
-        )
-        return await cursor.fetchone()
+    cursor = await connection.execute(
+        """
+        SELECT id FROM corrections WHERE state IN ('running', 'undoing') AND id <> ALL(%s)
+        ORDER BY recorded_at LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED
+        """,
+        [list(without)],
+    )
+    row = await cursor.fetchone()
+    return None if row is None else str(row[0])
 
 
 async def list_before(connection: Connection, place: tuple[datetime, str] | None, *, limit: int) -> list[Correction]:
@@ -246,10 +248,22 @@ async def begin_undo(connection: Connection, id: str, *, by: str, reason: str, a
 # Items ----------------------------------------------------------------------------------------------------------------
 
 
-async def add_items(connection: Connection, correction: str, items: Sequence[Item]) -> None:
-    """Record what a correction did."""
-    if not items:
-        return
+async def write_and_record(
+    connection: Connection,
+    changes: Sequence[Change],
+    task: Task,
+    *,
+    heads: Mapping[int, Head],
+    counters: Mapping[CounterKey, Counter],
+) -> Written:
+    """Write what becomes of uses, stage what the ledger is told, and record it. The caller holds the heads."""
+    written = await write(connection, changes, task, heads=heads, counters=counters)
+    if written.items:
+        await _add_items(connection, task.id, written.items)
+    return written
+
+
+async def _add_items(connection: Connection, correction: str, items: Sequence[Item]) -> None:
     await connection.execute(
         """
         INSERT INTO correction_items (partition, correction, source, event_id, occurred_at, account, from_revision,

@@ -4,9 +4,8 @@ A slice is one transaction. What is left as it is, is counted: pinned, waiting, 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 from psycopg import sql
@@ -20,16 +19,16 @@ from services.metering.correcting.changing import (
     Change,
     Charged,
     Rating,
+    Slice,
     Task,
     VersionNotRead,
     Waits,
-    Written,
     charged,
     counts_of,
     lowered,
-    write,
 )
 from services.metering.correcting.versions import LOGGED, Found, LoggedVersion, Place
+from services.metering.domain.charging import Head
 from services.metering.domain.corrections import CounterMove, moves, put_in
 from services.metering.domain.prices import CounterKey, PriceBook
 from services.metering.domain.usage import Key, Usage
@@ -76,15 +75,6 @@ class Cursor(msgspec.Struct):
     counted: bool = False
     # The last one that was looked at: time, source and id; or account, type and the time its period began.
     place: tuple[str, str, str] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """What a transaction came to, and where the next one goes on; None: it was the last."""
-
-    cursor: Cursor | None
-    counts: Counts
-    written: Written
 
 
 async def first_cursor(connection: Connection, parameters: Parameters) -> Cursor | None:
@@ -142,7 +132,7 @@ async def rerate_slice(connection: Connection, task: Task, parameters: Parameter
         to = rating.rated(usage, under=under)
         if _changes(found, to, counts):
             changes.append(Change(found, to))
-    written = await _write(connection, task, changes, heads=heads, counters={})
+    written = await records.write_and_record(connection, changes, task, heads=heads, counters={})
     last = rows[-1] if rows else None
     following: Cursor | None = msgspec.structs.replace(
         cursor,
@@ -208,11 +198,11 @@ async def _counted_slice(
     cursor: Cursor,
     *,
     under: PriceVersion | None,
-    heads: Mapping[int, Any],
+    heads: Mapping[int, Head],
 ) -> Slice:
     group = await _next_group(connection, task.book, parameters, cursor)
     if group is None:
-        return Slice(_next_partition(cursor), {}, Written())
+        return Slice(_next_partition(cursor))
     counts: Counts = {}
     rows = await _rows(
         connection,
@@ -231,7 +221,7 @@ async def _counted_slice(
     else:
         uses = await _uses(connection, rows)
         changes, moved = await _recount(connection, task.book, parameters, uses, under=under, counts=counts)
-    written = await _write(connection, task, changes, heads=heads, counters=moved)
+    written = await records.write_and_record(connection, changes, task, heads=heads, counters=moved)
     following = msgspec.structs.replace(
         cursor, done=cursor.done + inside, place=(group.account, group.type, group.since.isoformat())
     )
@@ -322,7 +312,8 @@ async def _recount(
     stored = await store.find_counters(connection, {*was, *now})
     if any(stored.get(key, Counter()).quantity != was.get(key, Counter()).quantity for key in {*was, *now}):
         # Some of what was counted is not in the log any more.
-        return [], _leave(counts, len(to))
+        _add(counts, "not_all_here", len(to))
+        return [], {}
     if not to:
         return [], {}
     after = {key: now.get(key, Counter()) for key in {*was, *now}}
@@ -377,7 +368,7 @@ def _own_credit(found: Found, made: Charged, book: PriceBook) -> dict[CounterKey
     assert current is not None
     assert version is not None
     more = dict(made.amounts)
-    for unit, steps in versions.amounts_of(current.amounts or "[]", book.units).items():
+    for unit, steps in versions.amounts_of(current.amounts, book.units).items():
         more[unit] = more.get(unit, 0) - steps
     shares = (*book.counts(made.usage, version).shares, *counts_of(current, book).shares)
     return {share.key: -steps for share in shares if (steps := more.pop(share.unit.name, 0))}
@@ -386,11 +377,6 @@ def _own_credit(found: Found, made: Charged, book: PriceBook) -> dict[CounterKey
 def _by(counters: dict[CounterKey, Counter], key: CounterKey, more: Counter) -> None:
     found = counters.get(key, Counter())
     counters[key] = Counter(quantity=found.quantity + more.quantity, credit=found.credit + more.credit)
-
-
-def _leave(counts: Counts, events: int) -> dict[CounterKey, Counter]:
-    _add(counts, "not_all_here", events)
-    return {}
 
 
 # The log --------------------------------------------------------------------------------------------------------------
@@ -447,19 +433,6 @@ async def _uses(connection: Connection, rows: Sequence[LoggedVersion]) -> list[F
     places = [Place(each.partition, each.source, each.event_id, each.occurred_at.astimezone(UTC)) for each in rows]
     found = await versions.find_uses(connection, places)
     return [found[place.key] for place in places]
-
-
-async def _write(
-    connection: Connection,
-    task: Task,
-    changes: Sequence[Change],
-    *,
-    heads: Mapping[int, Any],
-    counters: Mapping[CounterKey, Counter],
-) -> Written:
-    written = await write(connection, changes, task, heads=heads, counters=counters)
-    await records.add_items(connection, task.id, written.items)
-    return written
 
 
 def _with_corrected(counts: Counts, changes: Sequence[Change], events: int) -> Counts:

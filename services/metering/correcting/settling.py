@@ -3,105 +3,120 @@
 So what an account is charged in a period under one price is what all of it costs, in whatever order it was used.
 """
 
-import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC
 from hashlib import sha256
 from typing import Final
 
 import msgspec
 
-from contracts.pricing import Counter
+from contracts.pricing import Counter, OwnPrice
 from services.kit.clock import now
-from services.kit.database import DATABASE_AWAY, Writer
+from services.kit.database import Writer
 from services.kit.outbox import OutboxRow
-from services.kit.telemetry import FAULTS, get_logger
-from services.kit.worker import Worker
 from services.metering import store
 from services.metering.correcting import records, versions
 from services.metering.correcting.amending import CorrectionExists, total
-from services.metering.correcting.changing import Change, Task, VersionNotRead, charged_again, lowered, write
+from services.metering.correcting.changing import Change, Task, VersionNotRead, charged_again, lowered
 from services.metering.correcting.records import NewCorrection, Progress
+from services.metering.correcting.turns import InTurn, Turn
 from services.metering.correcting.versions import Place
 from services.metering.domain.corrections import NOT_COUNTED, CounterMove
 from services.metering.domain.prices import CounterKey, PriceBook, period_end
 from services.metering.engine import PriceKeeper
 from services.metering.store import Connection
 
-log = get_logger(__name__)
-
-POLL_SECONDS: Final = 1.0
-# What cannot be given back waits for use to be taken off; or for its month, if that is archived.
-RETRY_SECONDS: Final = 60.0
 # Of a transaction: each is a line given back, and no bundle takes more.
 EVENTS_MAX: Final = 250
 ACTOR: Final = "metering"
 REASON: Final = "later use has lowered what this cost"
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
-    """What a transaction gave back under a counter. `is_stuck`: no use that it counts is there to be given back to."""
-
-    rows: Sequence[OutboxRow] = ()
-    is_stuck: bool = False
-
-
-async def settle(connection: Connection, key: CounterKey, *, book: PriceBook) -> Settled:
+async def settle(connection: Connection, key: CounterKey, *, book: PriceBook) -> Turn:
     """Give back a counter's credit to the latest use that it counts, in the caller's transaction. VersionNotRead.
 
-    What is more than one transaction gives back stays in the counter.
+    What is more than one transaction gives back stays in the counter. It is stuck if no use that is counted is there.
     """
-    partition, account, price_id, period = key
+    partition, _, price_id, _ = key
     heads = await store.lock_heads(connection, [partition])
     counter = (await store.find_counters(connection, [key])).get(key, NOT_COUNTED)
     if counter.credit >= 0:
         # Use that came meanwhile took it, or somebody else gave it back.
-        return Settled()
+        return Turn()
     price = book.counted_price(price_id)
     if price is None or price.period is None:
         raise VersionNotRead(f"with {price_id}")
-    cursor = await connection.execute(
-        """
-        SELECT partition, source, event_id, occurred_at FROM usage_log
-        WHERE partition = %s AND account = %s AND type = %s AND occurred_at >= %s AND occurred_at < %s
-              AND NOT superseded
-              AND (SELECT sum((each ->> 'exact')::numeric) FROM jsonb_array_elements(line_items) AS each
-                   WHERE each ->> 'price_id' = %s) > 0
-              AND EXISTS (SELECT FROM jsonb_array_elements(amounts) AS each
-                          WHERE each ->> 'unit' = %s AND (each ->> 'amount')::numeric > 0)
-        ORDER BY occurred_at DESC, source DESC, event_id DESC LIMIT %s
-        """,
-        [partition, account, price.type, period, period_end(price.period, period), price_id, price.unit, EVENTS_MAX],
-    )
-    rows = await cursor.fetchall()
-    places = [Place(number, source, id, at.astimezone(UTC)) for number, source, id, at in rows]
-    uses = await versions.find_uses(connection, places)
-    changes: list[Change] = []
-    credit = counter.credit
-    for found in (uses[place.key] for place in places):
-        if credit == 0:
-            break
-        assert found.current is not None
-        again = charged_again(found.current, revision=found.next_revision, units=book.units)
-        to, steps = lowered(again, key, -credit, book=book)
-        if steps:
-            credit += steps
-            changes.append(Change(found, to, [CounterMove(key, Counter(credit=steps))]))
+    changes = await _lower(connection, key, price, -counter.credit, book=book)
     if not changes:
-        return Settled(is_stuck=True)
+        return Turn(is_stuck=True)
     new = _correction(key, changes, unit=price.unit)
     if not await records.begin(connection, new, state="running", recorded_at=now()):
         raise CorrectionExists(new.id)
+    credit = counter.credit + sum(each.counted[0].by.credit for each in changes)
     counters = {key: Counter(quantity=counter.quantity, credit=credit)}
-    written = await write(connection, changes, Task(new.id, new.reason, book), heads=heads, counters=counters)
-    await records.add_items(connection, new.id, written.items)
+    task = Task(new.id, new.reason, book)
+    written = await records.write_and_record(connection, changes, task, heads=heads, counters=counters)
     await records.settle_items(connection, new.id, written.items)
     counts = {"events": len(changes), "corrected": len(changes)}
     await records.write_progress(connection, new.id, Progress("done", None, counts, total(written.items), now()))
-    return Settled(written.rows)
+    return Turn(written.rows)
+
+
+async def _lower(
+    connection: Connection, key: CounterKey, price: OwnPrice, steps: int, *, book: PriceBook
+) -> list[Change]:
+    """The latest uses that a counter counts, each to cost less, by no more than that in all."""
+    changes: list[Change] = []
+    last: Place | None = None
+    # Those that cost less than a step under the price have nothing to be given back: they do not hide the ones before.
+    while not changes and (places := await _find_latest(connection, key, price, before=last)):
+        last = places[-1]
+        uses = await versions.find_uses(connection, places)
+        for found in (uses[place.key] for place in places):
+            if steps == 0:
+                break
+            assert found.current is not None
+            again = charged_again(found.current, revision=found.next_revision, units=book.units)
+            to, less = lowered(again, key, steps, book=book)
+            if less:
+                steps -= less
+                changes.append(Change(found, to, [CounterMove(key, Counter(credit=less))]))
+    return changes
+
+
+async def _find_latest(
+    connection: Connection, key: CounterKey, price: OwnPrice, *, before: Place | None
+) -> list[Place]:
+    """The latest uses that may have been charged something under a price in a period, before one of them."""
+    partition, account, price_id, period = key
+    assert price.period is not None
+    place = None if before is None else (before.occurred_at, before.source, before.event_id)
+    cursor = await connection.execute(
+        """
+        SELECT partition, source, event_id, occurred_at FROM usage_log
+        WHERE partition = %(partition)s AND account = %(account)s AND type = %(type)s
+              AND occurred_at >= %(since)s AND occurred_at < %(until)s AND NOT superseded
+              AND (%(at)s::timestamptz IS NULL
+                   OR (occurred_at, source, event_id) < (%(at)s::timestamptz, %(source)s::text, %(event_id)s::text))
+              AND (SELECT sum((each ->> 'exact')::numeric) FROM jsonb_array_elements(line_items) AS each
+                   WHERE each ->> 'price_id' = %(price)s) > 0
+              AND EXISTS (SELECT FROM jsonb_array_elements(amounts) AS each
+                          WHERE each ->> 'unit' = %(unit)s AND (each ->> 'amount')::numeric > 0)
+        ORDER BY occurred_at DESC, source DESC, event_id DESC LIMIT %(limit)s
+        """,
+        {
+            "partition": partition,
+            "account": account,
+            "type": price.type,
+            "since": period,
+            "until": period_end(price.period, period),
+            **dict(zip(("at", "source", "event_id"), place or (None, None, None), strict=True)),
+            "price": price_id,
+            "unit": price.unit,
+            "limit": EVENTS_MAX,
+        },
+    )
+    return [Place(number, source, id, at.astimezone(UTC)) for number, source, id, at in await cursor.fetchall()]
 
 
 def _correction(key: CounterKey, changes: Sequence[Change], *, unit: str) -> NewCorrection:
@@ -122,8 +137,13 @@ def _correction(key: CounterKey, changes: Sequence[Change], *, unit: str) -> New
     )
 
 
-class Settler(Worker):
-    """Gives back what counters of this process's partitions carry, counter by counter, each a transaction."""
+class Settler(InTurn[CounterKey]):
+    """Gives back what counters of this process's partitions carry, counter by counter."""
+
+    place = "metering.settle"
+    poll_seconds = 1.0
+    # What cannot be given back waits for use to be taken off; or for its month, if that is archived.
+    retry_seconds = 60.0
 
     def __init__(
         self,
@@ -132,50 +152,16 @@ class Settler(Worker):
         prices: PriceKeeper,
         partitions: Callable[[], frozenset[int]],
         notify: Callable[[Sequence[OutboxRow]], None],
-        poll_seconds: float = POLL_SECONDS,
     ) -> None:
         """`writer` is the settler's own. `notify` is told what has been committed to the outbox."""
-        super().__init__(place="metering.settle", poll_seconds=poll_seconds)
-        self._writer = writer
-        self._prices = prices
+        super().__init__(writer=writer, prices=prices, notify=notify)
         self._partitions = partitions
-        self._notify = notify
-        # Counters that cannot be settled, and when they are looked at again: they must not hold up the others.
-        self._failed: dict[CounterKey, float] = {}
 
-    async def round(self) -> bool:
-        """Some of the credit of one counter; False: there is none."""
-        if not (partitions := self._partitions()):
-            return False
-        key: CounterKey | None = None
-        try:
-            async with self._writer.transaction() as connection:
-                key = await store.find_credit(connection, partitions, without=self._put_off())
-                if key is None:
-                    return False
-                settled = await settle(connection, key, book=self._prices.book())
-        except VersionNotRead as error:
-            assert key is not None
-            log.info("credit waits for the price book", counter=str(key), reason=str(error))
-            self._failed[key] = time.monotonic() + self._poll_seconds
-            with suppress(ValueError):
-                await self._prices.refresh()
-            return True
-        except DATABASE_AWAY:
-            raise
-        except Exception as error:
-            FAULTS.labels(place="metering.settle").inc()
-            log.error("credit not given back", counter=str(key), retry_seconds=RETRY_SECONDS, exc_info=error)
-            if key is None:
-                raise
-            self._failed[key] = time.monotonic() + RETRY_SECONDS
-            return True
-        if settled.is_stuck:
-            self._failed[key] = time.monotonic() + RETRY_SECONDS
-        self._notify(settled.rows)
-        return True
+    async def find(self, connection: Connection, *, without: Collection[CounterKey]) -> CounterKey | None:
+        """A counter that carries what is to be given back."""
+        partitions = self._partitions()
+        return await store.find_credit(connection, partitions, without=without) if partitions else None
 
-    def _put_off(self) -> Collection[CounterKey]:
-        present = time.monotonic()
-        self._failed = {key: until for key, until in self._failed.items() if until > present}
-        return self._failed
+    async def go_on(self, connection: Connection, id: CounterKey) -> Turn:
+        """Give back some of it."""
+        return await settle(connection, id, book=self._prices.book())

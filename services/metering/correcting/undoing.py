@@ -14,16 +14,16 @@ from services.metering.correcting import records, versions
 from services.metering.correcting.changing import (
     Change,
     Rating,
+    Slice,
     Task,
     Voided,
     WaitsForAlias,
-    Written,
     charged_again,
     counts_of,
     write,
 )
 from services.metering.correcting.records import RecordedItem
-from services.metering.correcting.rerating import EVENTS_MAX, Counts
+from services.metering.correcting.rerating import EVENTS_MAX
 from services.metering.correcting.versions import Found, LoggedVersion, Place
 from services.metering.domain.prices import CounterKey, PriceBook
 from services.metering.domain.usage import Usage
@@ -42,14 +42,6 @@ class Cursor(msgspec.Struct):
     place: tuple[int, str, str] = _START
 
 
-class Undone(msgspec.Struct):
-    """What a transaction came to, and where the next one goes on; None: it was the last."""
-
-    cursor: Cursor | None
-    counts: Counts
-    written: Written
-
-
 async def first_cursor(connection: Connection, correction: str) -> Cursor:
     """Where it begins, and of how many uses."""
     cursor = await connection.execute(
@@ -60,7 +52,7 @@ async def first_cursor(connection: Connection, correction: str) -> Cursor:
     return Cursor(of=count)
 
 
-async def undo_slice(connection: Connection, task: Task, cursor: Cursor) -> Undone:
+async def undo_slice(connection: Connection, task: Task, cursor: Cursor) -> Slice:
     """Undo what was done to the next uses, in the caller's transaction. VersionNotRead, PeriodArchived."""
     items = await records.items_after(connection, task.id, cursor.place, limit=EVENTS_MAX)
     heads = await store.lock_heads(connection, {each.partition for each in items})
@@ -92,7 +84,7 @@ async def undo_slice(connection: Connection, task: Task, cursor: Cursor) -> Undo
     if len(items) == EVENTS_MAX:
         following = Cursor(of=cursor.of, done=cursor.done + len(items), place=items[-1].key)
     counts = {"undone": len(undone), "left": len(places) - len(undone)}
-    return Undone(following, counts, written)
+    return Slice(following, counts, written)
 
 
 def _stands(item: RecordedItem, found: Found) -> bool:
@@ -140,7 +132,7 @@ def _recounted(item: RecordedItem, found: Found, rating: Rating, *, recount: boo
     if recount:
         if current is not None:
             rating.take_out(current)
-        if before is not None and before.price_version is not None:
+        if before is not None:
             rating.put_in(before)
         return
     if current is not None and current.price_version is not None and not item.charged:

@@ -17,6 +17,7 @@ from services.metering.domain.charging import Reason
 from services.metering.domain.corrections import Amounts, GivenBack, History, Version
 from services.metering.domain.usage import Key, Usage
 from services.metering.store import Connection
+from services.metering.translate.items import read_amounts
 
 
 class Named(NamedTuple):
@@ -144,24 +145,18 @@ class Found:
         return History([version_of(each, units) for each in self.versions], is_void=self.is_void)
 
 
-class _StoredAmount(msgspec.Struct):
-    amount: str
-    unit: str
-
-
 class _StoredPosting(msgspec.Struct):
     given_back: list[tuple[int, dict[str, int]]] = []
     # None of a version that waited, and was charged in full if it was charged later.
     charged: dict[str, int] | None = None
 
 
-_AMOUNTS: Final = msgspec.json.Decoder(list[_StoredAmount])
 _POSTING: Final = msgspec.json.Decoder(_StoredPosting)
 
 
-def amounts_of(text: str, units: Mapping[str, Unit]) -> dict[str, int]:
+def amounts_of(text: str | None, units: Mapping[str, Unit]) -> dict[str, int]:
     """Amounts of the log in steps."""
-    return {each.unit: parse_amount(each.amount, units[each.unit]) for each in _AMOUNTS.decode(text)}
+    return {each.unit: parse_amount(each.amount, units[each.unit]) for each in read_amounts(text)}
 
 
 def posted_as_json(*, charged: Amounts | None, given_back: Sequence[GivenBack]) -> str:

@@ -52,11 +52,6 @@ class History:
         """What the use costs now: what the ledger has of it."""
         return {} if self.is_void or not self.versions else self.versions[-1].amounts or {}
 
-    @property
-    def next_revision(self) -> int:
-        """The revision of the version that would come next."""
-        return self.versions[-1].revision + 1 if self.versions else 0
-
 
 @dataclass(frozen=True, slots=True)
 class Posting:

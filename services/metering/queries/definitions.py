@@ -74,7 +74,7 @@ class StoredMeter:
 
 async def find_meter(connection: Connection, id_or_slug: str, *, version: int | None = None) -> StoredMeter | None:
     """A meter that is not deleted, by slug; any, by id. `version` asks for an earlier one of it."""
-    found = await _versions(connection, id_or_slug)
+    found = await find_versions(connection, id_or_slug)
     newest = found[0] if found else None
     if newest is None or (newest.deleted_at is not None and newest.id != id_or_slug):
         return None
@@ -85,7 +85,10 @@ async def find_meter(connection: Connection, id_or_slug: str, *, version: int | 
 
 async def find_versions(connection: Connection, id_or_slug: str) -> list[StoredMeter]:
     """All that a meter ever was, newest first; of a slug also the meters before it."""
-    return await _versions(connection, id_or_slug)
+    cursor = await connection.execute(
+        _STORED.format(where="WHERE v.slug = %(name)s OR v.meter_id = %(name)s"), {"name": id_or_slug}
+    )
+    return [_stored(_Row(*row)) for row in await cursor.fetchall()]
 
 
 async def list_meters(connection: Connection, *, deleted: bool) -> list[StoredMeter]:
@@ -101,7 +104,7 @@ async def list_meters(connection: Connection, *, deleted: bool) -> list[StoredMe
 
 async def create_meter(connection: Connection, body: MeterBody, *, source: str, at: datetime) -> StoredMeter:
     """Store a new meter. MeterTaken, TooManyMeters."""
-    before = await _versions(connection, body.slug)
+    before = await find_versions(connection, body.slug)
     if before and before[0].deleted_at is None:
         raise MeterTaken(body.slug)
     if len(await list_meters(connection, deleted=False)) >= METERS_MAX:
@@ -153,7 +156,7 @@ async def follow_catalogue(connection: Connection, meters: Iterable[CatalogueMet
             continue
         if any(version > meter.version for version in known):
             continue
-        before = await _versions(connection, meter.slug)
+        before = await find_versions(connection, meter.slug)
         added = await _add(
             connection,
             meter,
@@ -185,13 +188,6 @@ FROM meter_versions AS v {where} ORDER BY v.slug, v.version DESC
 """
 
 
-async def _versions(connection: Connection, id_or_slug: str) -> list[StoredMeter]:
-    cursor = await connection.execute(
-        _STORED.format(where="WHERE v.slug = %(name)s OR v.meter_id = %(name)s"), {"name": id_or_slug}
-    )
-    return [_stored(_Row(*row)) for row in await cursor.fetchall()]
-
-
 def _stored(row: _Row) -> StoredMeter:
     return StoredMeter(
         id=row.meter_id,
@@ -205,7 +201,7 @@ def _stored(row: _Row) -> StoredMeter:
 
 
 async def _reread(connection: Connection, slug: str) -> StoredMeter:
-    return (await _versions(connection, slug))[0]
+    return (await find_versions(connection, slug))[0]
 
 
 async def _add(

@@ -28,7 +28,7 @@ async def of_whole_log(
         async with whole(connection, since=since, until=until):
             yield
     except PeriodArchived as error:
-        raise _archived(error) from error
+        raise archived(error) from error
 
 
 async def refuse_archived(connection: AsyncConnection[TupleRow], *, at: datetime) -> None:
@@ -36,8 +36,9 @@ async def refuse_archived(connection: AsyncConnection[TupleRow], *, at: datetime
     try:
         await check_not_archived(connection, since=at, until=at + _MICROSECOND)
     except PeriodArchived as error:
-        raise _archived(error) from error
+        raise archived(error) from error
 
 
-def _archived(error: PeriodArchived) -> Problem:
+def archived(error: PeriodArchived) -> Problem:
+    """It is refused, with the months that are to be restored."""
     return Problem(409, "archived", str(error), members={"months": [f"{month:%Y-%m}" for month in error.months]})

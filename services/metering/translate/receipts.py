@@ -11,6 +11,7 @@ from pydantic import AwareDatetime, BaseModel
 
 from contracts.money import Unit, format_amount
 from contracts.pricing import PriceVersion
+from services.metering.translate.items import Amount, read_amounts
 
 # Sums of items are exact: none of them has as many digits.
 _EXACT: Final = Context(prec=200)
@@ -158,13 +159,7 @@ class ReceiptRow:
         return self.reason or ("charged" if self.price_version is not None else "sent_on")
 
 
-class _StoredAmount(msgspec.Struct):
-    amount: str
-    unit: str
-
-
 _ITEMS: Final = msgspec.json.Decoder(list[dict[str, int | str]])
-_AMOUNTS: Final = msgspec.json.Decoder(list[_StoredAmount])
 
 
 class _StoredVersion(msgspec.Struct):
@@ -172,7 +167,7 @@ class _StoredVersion(msgspec.Struct):
     superseded: bool
     recorded_at: datetime
     price_version: str | None
-    amounts: list[_StoredAmount] | None
+    amounts: list[Amount] | None
     bundle: int | None
     line: int | None
 
@@ -210,7 +205,7 @@ def receipt(row: ReceiptRow, *, price_version: PriceVersion | None, units: Mappi
         price_version=row.price_version,
         price_version_effective_at=None if price_version is None else price_version.effective_at,
         items=items,
-        amounts=[_amount(each, items) for each in _AMOUNTS.decode(row.amounts or "[]")],
+        amounts=[_amount(each, items) for each in read_amounts(row.amounts)],
         bundle=None
         if row.bundle_number is None or row.line_number is None
         else ReceiptBundle(partition=row.partition, number=row.bundle_number, line=row.line_number),
@@ -249,7 +244,7 @@ def _correction(of: _StoredCorrection, units: Mapping[str, Unit]) -> ReceiptCorr
     )
 
 
-def _amount(of: _StoredAmount, items: Sequence[ReceiptItem]) -> ReceiptAmount:
+def _amount(of: Amount, items: Sequence[ReceiptItem]) -> ReceiptAmount:
     found = [Decimal(each.exact) for each in items if each.unit == of.unit]
     if not found:
         return ReceiptAmount(unit=of.unit, amount=of.amount, exact=None, rounding=None)

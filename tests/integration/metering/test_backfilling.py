@@ -161,7 +161,7 @@ async def test_what_cannot_be_staged_is_named(driver: Driver) -> None:
 
 async def test_a_backfill_goes_on_where_whoever_died_left_it(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backfilling, "EVENTS_MAX", 3)
-    monkeypatch.setattr(jobs, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(jobs.Corrector, "retry_seconds", 0.01)
     gone_on, steps = jobs.step, 0
 
     async def dies(*arguments: Any, **more: Any) -> Any:

@@ -1,11 +1,15 @@
-"""Corrections of a process of its own: killed -9 again and again each is done once; and as the command line has it."""
+"""Corrections of a process of its own: whoever is killed -9, each is done once; and as the command line has it."""
 
 import asyncio
 import json
+import os
 import random
+import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Final
 
@@ -17,17 +21,43 @@ from typer.testing import CliRunner
 from infra.commands import corrections
 from infra.service_api import ServiceApi
 from services.metering.settings import MeteringSettings
-from tests.integration.metering.correcting import add, agree, named, version
+from tests.conftest import Database
+from tests.integration.metering.correcting import add, agree, version
 from tests.integration.metering.driving import Driver, Json
+from tests.integration.metering.standing import POINTS, Standing, standing
+from tests.integration.metering.test_rerating import DEAR, PERIOD, render
+from tests.integration.metering.test_settling import falling
 from tests.service_process import ServiceProcess
 from tests.unit.metering.building import event
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(240)]
 
+SEED: Final = int(os.environ.get("SCRIP_CHAOS_SEED") or random.SystemRandom().randrange(10**6))
 FURTHER: Final = {"SCRIP_LEASE_SECONDS": "2", "SCRIP_METERING_AGE_DAYS_MAX": "36500"}
-PERIOD: Final = {"from": "2026-03-01T00:00:00Z", "to": "2026-04-01T00:00:00Z"}
 SECONDS_MAX: Final = 60.0
-USES: Final = 600
+
+# Who does it: a connection of metering.
+CONNECTIONS: Final = {
+    "settle": "metering-settling",
+    "void": "metering-pool",
+    "rerate": "metering-corrections",
+    "undo": "metering-corrections",
+}
+STEEP: Final = [{"up_to": "100", "price": "1"}, {"up_to": None, "price": "0.2"}]
+PLAIN: Final = falling("plain", tiers=[{"up_to": None, "price": "0.5"}], days_before=-60) | {
+    "models": version(usd=DEAR)["models"]
+}
+# Of a million tokens in and out, and of a render of an account that has rendered 101.
+PRICES: Final = {
+    "falling": (Decimal(1), Decimal(2), Decimal("0.2")),
+    "plain": (Decimal(3), Decimal(1), Decimal("0.5")),
+}
+
+
+@pytest.fixture
+async def points(database: Database) -> AsyncIterator[Standing]:
+    async with standing(database) as made:
+        yield made
 
 
 @asynccontextmanager
@@ -54,63 +84,152 @@ async def metering(
         process.end()
 
 
-async def asked(client: httpx2.AsyncClient, driver: Driver, path: str, body: Json) -> int | None:
-    """The status of an answer; None: there was none."""
-    try:
-        answer = await client.post(
-            f"/api/v1/corrections{path}", json={"reason": "a test", **body}, headers=driver.headers("operator")
-        )
-    except httpx2.TransportError:
-        return None
-    return answer.status_code
+class Told:
+    """What was reported and asked for, and what each account is to be charged by that, computed here."""
+
+    def __init__(self) -> None:
+        self.uses: list[Json] = []
+        self.void: list[str] = []
+        # Of each account the prices by which it was rated last.
+        self.prices: dict[str, str] = {}
+        # Re-ratings that are not undone, and the prices before.
+        self.rerated: list[tuple[str, dict[str, str]]] = []
+
+    def further(self) -> list[Json]:
+        """Use of further accounts, each of which has to be given something back, in whatever order it comes."""
+        accounts = [f"acme-{len(self.uses)}-{number}" for number in range(3)]
+        self.prices |= dict.fromkeys(accounts, "falling")
+        made: list[Json] = []
+        for account in accounts:
+            number = len(self.uses) + len(made)
+            made += [render(number + place, n, account=account) for place, n in enumerate((60, 40, 1))]
+            made += [event(number + place, subject=account) for place in range(3, 23)]
+        self.uses += made
+        return made
+
+    def costs(self) -> dict[str, dict[str, Decimal]]:
+        """By account and unit."""
+        found = {}
+        for account, prices in self.prices.items():
+            of = [use for use in self.uses if use["subject"] == account and use["id"] not in self.void]
+            calls = [use["data"] for use in of if use["type"] != "render"]
+            renders = [use["data"]["n"] for use in of if use["type"] == "render"]
+            into, out, render_price = PRICES[prices]
+            usd = render_price * sum(renders) + Decimal("0.25") * len(renders)
+            for each in calls:
+                usd += (into * each["input_tokens"] + out * each["output_tokens"]) / 1_000_000
+            found[account] = {"usd": usd} | ({"calls": Decimal(len(calls))} if calls else {})
+        return found
 
 
-async def test_a_correction_whose_process_is_killed_is_done_once(
-    driver: Driver, metering_settings: MeteringSettings, tmp_path: Path
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A correction to be asked for, or to be undone."""
+
+    path: str
+    body: Json
+
+    async def ask(self, http: httpx2.AsyncClient, driver: Driver) -> None:
+        """Ask for it. Whoever is killed does not answer."""
+        with suppress(httpx2.TransportError):
+            answer = await http.post(
+                f"/api/v1/corrections{self.path}",
+                json={"reason": "a test", **self.body},
+                headers=driver.headers("operator"),
+            )
+            assert answer.status_code in (200, 201, 202), answer.text
+
+
+async def report(told: Told, driver: Driver) -> None:
+    """Have further use reported, of which something is soon to be given back."""
+    uses = told.further()
+    accounts = {use["subject"] for use in uses}
+    await driver.open(*accounts)
+    await driver.until_open([*accounts])
+    await driver.publish(uses)
+
+
+async def begin(what: str, told: Told, driver: Driver) -> Request | None:
+    """Have there be one more of a kind to be done; what is to be asked for, if it is not done by itself."""
+    id = f"{what}-{len(told.uses)}-{len(told.void)}-{len(told.rerated)}"
+    match what:
+        case "settle":
+            await report(told, driver)
+            return None
+        case "void":
+            calls = [use["id"] for use in told.uses if use["type"] != "render" and use["id"] not in told.void][:3]
+            told.void += calls
+            return Request("", {"id": id, "kind": "void", "events": [{"source": "demo", "id": call} for call in calls]})
+        case "rerate":
+            # While it is settled what is charged now.
+            await report(told, driver)
+            await driver.until("SELECT count(*)::int FROM seen", len(told.uses))
+            prices = "falling" if "plain" in told.prices.values() else "plain"
+            told.rerated.append((id, told.prices))
+            told.prices = dict.fromkeys(told.prices, prices)
+            return Request("", {"id": id, "kind": "rerate", "account": "*", **PERIOD, "price_version": prices})
+        case _:
+            id, before = told.rerated.pop()
+            told.prices = told.prices | before
+            return Request(f"/{id}/undo", {})
+
+
+async def exact(http: httpx2.AsyncClient, driver: Driver, told: Told) -> None:
+    """Wait until nothing is under way, and demand what was computed, in the books and in metering's own answers."""
+    await driver.until("SELECT count(*)::int FROM seen", len(told.uses))
+    await driver.until("SELECT sum(new - charged - voided)::int FROM ingest_counters", 0)
+    await driver.until("SELECT count(*)::int FROM corrections WHERE state IN ('running', 'undoing')", 0)
+    await driver.until("SELECT count(*)::int FROM price_counters WHERE credit < 0", 0)
+    assert await agree(http, driver) == told.costs()
+
+
+async def kill_in_turn(
+    kills: Sequence[tuple[str, str]], driver: Driver, settings: MeteringSettings, points: Standing, directory: Path
 ) -> None:
-    chance = random.Random(11)
-    log_file = tmp_path / "metering.log"
-    void: Json = {"id": "v", "kind": "void", "events": named(*range(0, USES, 3))}
-    rerate: Json = {"id": "r", "kind": "rerate", "account": "*", **PERIOD, "price_version": "dear"}
-    async with metering(metering_settings, log_file) as (_, http):
-        await add(http, driver, version())
-        await add(http, driver, version("dear", days_before=-5, usd={"input_tokens": "3", "output_tokens": "1"}))
-        accounts = [f"acme-{number}" for number in range(7)]
-        await driver.open(*accounts)
-        await driver.until_open(accounts)
-        await driver.publish([event(number) for number in range(USES)])
-        await driver.until("SELECT coalesce(sum(charged), 0)::int FROM ingest_counters", USES)
-        before = await agree(http, driver)
-    states: list[tuple[str, str]] = []
-    kills = 0
-    deadline = time.monotonic() + 2 * SECONDS_MAX
-    while ("r", "done") not in states or ("v", "done") not in states:
-        assert time.monotonic() < deadline, states
-        async with metering(metering_settings, log_file) as (process, http):
-            asking = [asyncio.create_task(asked(http, driver, "", body)) for body in (void, rerate)]
-            await asyncio.sleep(chance.uniform(0.02, 0.9))
+    """Kill in the middle of each a process of its own, and demand exact totals of the next."""
+    sys.stderr.write(f"seed {SEED}: {kills}\n")
+    chance, told = random.Random(SEED), Told()
+    log_file = directory / "metering.log"
+    request: Request | None = None
+    for number, (what, point) in enumerate([*kills, (None, None)]):
+        async with metering(settings, log_file) as (process, http):
+            # What the one before had begun has ended before there is another process, or ends under its eyes.
+            await points.end()
+            if number == 0:
+                await add(http, driver, falling("falling", tiers=STEEP))
+                await add(http, driver, PLAIN)
+                await report(told, driver)
+            if request is not None:
+                await request.ask(http, driver)
+            await exact(http, driver, told)
+            if what is None or point is None:
+                return
+            await points.begin(connection=CONNECTIONS[what], point=point)
+            request = await begin(what, told, driver)
+            asking = [] if request is None else [asyncio.create_task(request.ask(http, driver))]
+            await points.until_reached()
             process.end()
-            kills += 1
-            statuses = await asyncio.gather(*asking)
-            assert {*statuses} <= {None, 200, 201, 202}
-        states = [(id, state) for id, state in await driver.rows("SELECT id, state FROM corrections")]
-    assert kills >= 1
-    async with metering(metering_settings, log_file) as (_, http):
-        for body in (void, rerate):
-            assert await asked(http, driver, "", body) == 200
-        corrected: dict[str, int] = dict(
-            await driver.rows("SELECT correction, count(*) FROM correction_items GROUP BY correction")
-        )
-        assert corrected["v"] == USES // 3
-        after = await agree(http, driver)
-        assert sum(each["calls"] for each in after.values()) == USES - USES // 3
-        # Void came last, of what had been re-rated by then; of the rest it was all there was.
-        for id in ("v", "r"):
-            while not await driver.rows("SELECT FROM corrections WHERE id = %s AND state = 'undone'", id):
-                assert time.monotonic() < deadline + SECONDS_MAX
-                await asked(http, driver, f"/{id}/undo", {})
-                await asyncio.sleep(0.05)
-        assert await agree(http, driver) == before
+            await asyncio.gather(*asking)
+        await points.pass_others()
+        if chance.random() < 0.5:
+            await points.end()
+
+
+async def test_who_is_killed_in_the_middle_of_a_correction_has_done_it_once_or_not_at_all(
+    driver: Driver, metering_settings: MeteringSettings, points: Standing, tmp_path: Path
+) -> None:
+    chance = random.Random(SEED)
+    kills = [(what, chance.choice(POINTS)) for what in ("settle", "rerate", chance.choice(("void", "undo")))]
+    await kill_in_turn(kills, driver, metering_settings, points, tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+async def test_who_is_killed_at_any_point_of_any_correction_has_done_it_once_or_not_at_all(
+    driver: Driver, metering_settings: MeteringSettings, points: Standing, tmp_path: Path
+) -> None:
+    kills = [(what, point) for point in POINTS for what in ("settle", "void", "rerate", "rerate", "undo")]
+    await kill_in_turn(kills * 2, driver, metering_settings, points, tmp_path)
 
 
 async def test_the_command_previews_does_follows_and_undoes(

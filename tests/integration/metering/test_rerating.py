@@ -262,7 +262,7 @@ async def test_a_rerating_goes_on_where_whoever_died_left_it_while_use_comes(
             return done
 
         monkeypatch.setattr(jobs, "step", dies)
-        monkeypatch.setattr(jobs, "RETRY_SECONDS", 0.01)
+        monkeypatch.setattr(jobs.Corrector, "retry_seconds", 0.01)
         await correct(http, driver, {"id": "r", **EVERYBODY, "price_version": "dear"}, status=202)
         async with driver.running():
             await driver.publish([event(number) for number in range(40, 80)])

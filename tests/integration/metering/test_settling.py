@@ -11,6 +11,7 @@ import pytest
 
 from contracts.partition import partition_of
 from services.metering.correcting import settling
+from services.metering.correcting.settling import Settler
 from tests.integration.metering.correcting import add, agree, ask, correct, named, undo, until, version
 from tests.integration.metering.driving import WAIT_SECONDS_MAX, Driver, Json
 from tests.integration.metering.test_rerating import render, rerate
@@ -132,6 +133,23 @@ async def test_no_more_is_given_back_than_what_counted_cost(driver: Driver, monk
         assert [each["counts"]["corrected"] for each in found] == [1, 3, 3, 3]
 
 
+async def test_use_that_cost_less_than_a_step_does_not_hide_what_can_be_given_back(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settling, "EVENTS_MAX", 1)
+    steep = [{"up_to": "100", "price": "1"}, {"up_to": None, "price": "0.2"}]
+    tiny = {"data": {"n": "0.000000001"}, "time": "2026-03-30T12:00:00Z"}
+    async with driver.running() as http:
+        await begin(http, driver, "acme-1", prices=falling(tiers=steep))
+        await driver.publish([render(0, 60), render(1, 40)])
+        await driver.until_counted(new=2, charged=2)
+        # Both cost a fee, and under the price that has fallen a fifth of a step each: nothing to be given back.
+        await driver.publish([render(2, 0) | tiny, render(3, 0) | tiny])
+        await driver.until_counted(new=4, charged=4)
+        await until_settled(driver)
+        assert await agree(http, driver) == {"acme-1": {"usd": Decimal(20) + 4 * Decimal("0.25")}}
+
+
 async def test_who_dies_before_the_commit_has_given_nothing_back(
     driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,7 +164,7 @@ async def test_who_dies_before_the_commit_has_given_nothing_back(
         return settled
 
     monkeypatch.setattr(settling, "settle", dies)
-    monkeypatch.setattr(settling, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(Settler, "retry_seconds", 0.01)
     async with driver.running() as http, driver.running():
         await begin(http, driver, "acme-1")
         for number, n in enumerate((60, 40, 1)):

@@ -62,7 +62,7 @@ def corrected(history: History, ledger: Ledger, kind: str, wanted: Amounts) -> H
     """One correction, as the log keeps it."""
     target = wanted if kind == "version" else {}
     posting = post(history, target)
-    ledger.take(posting, history.next_revision)
+    ledger.take(posting, len(history.versions))
     before = {unit: history.amounts.get(unit, 0) for unit in UNITS}
     assert {unit: target.get(unit, 0) - before[unit] for unit in UNITS} == {
         unit: posting.difference.get(unit, 0) for unit in UNITS
@@ -70,7 +70,7 @@ def corrected(history: History, ledger: Ledger, kind: str, wanted: Amounts) -> H
     if kind == "void":
         return History(history.versions, is_void=True)
     made = Version(
-        revision=history.next_revision,
+        revision=len(history.versions),
         amounts=wanted if kind == "version" else None,
         charged=posting.charged,
         given_back=posting.noted,
