@@ -250,10 +250,13 @@ class Ledger:
 
     def _refresh(self, needs: Needs, loaded: Loaded) -> None:
         for partition in needs.heads:
+            # It may have been given up while its head was read.
+            if (owned := self._owned.get(partition)) is None:
+                continue
             head = loaded.heads[partition]
-            if head.epoch == self._owned[partition].head.epoch:
-                self._owned[partition].head = head
-                self._owned[partition].stale = False
+            if head.epoch == owned.head.epoch:
+                owned.head = head
+                owned.stale = False
             else:
                 log.error("partition has another owner", partition=partition, epoch=head.epoch)
                 del self._owned[partition]

@@ -22,6 +22,7 @@ from services.kit.clock import now
 from services.kit.database import Writer
 from services.kit.ids import new_hold_id
 from services.kit.outbox import OutboxRow
+from services.ledger import store
 from services.ledger.audit_sql import audit
 from services.ledger.domain.commands import Grant, OpenAccount, Units, WalletTerms
 from services.ledger.handlers import CommandItem, Ledger, NotOwner, Replied
@@ -129,6 +130,26 @@ async def test_a_partition_that_is_lost_does_not_hold_up_the_others_of_its_batch
         assert results[0] == NotOwner()
         assert isinstance(results[1], Replied)
         assert [row[0] for row in await driver.rows("SELECT account FROM accounts ORDER BY 1")] == ["acme", "other"]
+
+
+async def test_a_partition_may_be_given_up_while_its_head_is_read_again(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with ledger(database) as (first, _), ledger(database) as (second, _):
+        await first.take_over({PARTITION: 1})
+        await first.process([item(OpenAccount(account="acme"), "1")])
+        await second.take_over({PARTITION: 2})
+        load, given_up = store.load, list[int]()
+
+        async def load_and_lose(connection: store.Connection, needs: store.Needs) -> store.Loaded:
+            loaded = await load(connection, needs)
+            first.give_up(needs.heads)
+            given_up.extend(needs.heads)
+            return loaded
+
+        monkeypatch.setattr(store, "load", load_and_lose)
+        assert await first.process([item(OpenAccount(account="acme/ana"), "2")]) == [NotOwner()]
+        assert given_up == [PARTITION]
 
 
 async def test_processes_share_the_partitions_and_one_takes_over_from_one_that_is_killed(
