@@ -2,8 +2,9 @@
 
 import asyncio
 import random
+import re
 import select
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -94,22 +95,25 @@ class Writer:
 
 
 # What stands for a character that means something else where rows are copied.
+_COPY_ODD: Final = re.compile(r"[\\\t\n\r]").search
 _COPY_ESCAPES: Final = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 
-def copy_text(rows: Iterable[Sequence[str]]) -> str:
+def copy_text(rows: Collection[Sequence[str]]) -> str:
     """Rows as the text of a `COPY … FROM STDIN (NULL '')`: the empty text is null. To be written with `Copy.write`.
 
-    In a tenth of the time that `write_row` takes.
+    In a twentieth of the time that `write_row` takes, as long as no value has a character to be escaped.
     """
-    lines: list[str] = []
-    for row in rows:
-        line = "\t".join(row)
-        if "\\" in line or "\n" in line or "\r" in line or line.count("\t") >= len(row):
-            line = "\t".join([value.translate(_COPY_ESCAPES) for value in row])
-        lines.append(line)
-    lines.append("")
-    return "\n".join(lines)
+    text = "\n".join(["\t".join(row) for row in rows])
+    separators = sum(map(len, rows)) - len(rows)
+    if "\\" in text or "\r" in text or text.count("\n") >= max(len(rows), 1) or text.count("\t") > separators:
+        text = "\n".join(["\t".join([copy_value(value) for value in row]) for row in rows])
+    return text + "\n" if text or rows else ""
+
+
+def copy_value(text: str) -> str:
+    """A value as it stands in such a text."""
+    return text if _COPY_ODD(text) is None else text.translate(_COPY_ESCAPES)
 
 
 Pool = AsyncConnectionPool[AsyncConnection[TupleRow]]

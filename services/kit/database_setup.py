@@ -101,7 +101,7 @@ def _set_rights(inside: Connection[TupleRow], *, database: str, services: list[s
             "shadow": f"{service}_shadow",
         }
         _run(inside, "GRANT CONNECT ON DATABASE {database} TO {owner}, {service}", **names)
-        # A batch is copied into a temporary table first.
+        # Where a batch can be copied to first.
         _run(inside, "GRANT TEMPORARY ON DATABASE {database} TO {service}", **names)
         _run(inside, "CREATE SCHEMA IF NOT EXISTS {service} AUTHORIZATION {owner}", **names)
         # Where the owner rebuilds projections; nobody else sees it.

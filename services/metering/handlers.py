@@ -6,6 +6,7 @@ the aliases still: an account is either found open by the batch that logs its us
 is opened; and likewise an alias.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta
@@ -190,10 +191,13 @@ async def ingest(batch: Batch, *, writer: Writer, known: Known) -> Ingested:
     async with writer.transaction() as connection:
         if batch.late:
             batch = await _sort_out_late(connection, batch)
-        claimed = await store.claim(connection, batch.firsts) if batch.firsts else {}
+        heads, claimed = {}, {}
+        if batch.firsts:
+            heads = await store.lock_heads(connection, {usage.partition for usage in batch.firsts})
+            claimed = await store.claim(connection, batch.firsts)
         judged = judge(batch.usages, claimed=claimed)
         if judged.new:
-            lines, rows = await _log_and_charge(connection, batch, judged.new, known=known, tally=tally)
+            lines, rows = await _log_and_charge(connection, batch, judged.new, heads=heads, known=known, tally=tally)
         new_conflicts = await store.add_conflicts(connection, judged.conflicts, received_at=batch.received_at)
         await _record_letters(connection, batch.letters, tally)
         await store.add_reroutes(connection, batch.misplaced, recorded_at=batch.received_at)
@@ -384,10 +388,15 @@ async def _charge_taken(
 
 
 async def _log_and_charge(
-    connection: Connection, batch: Batch, new: Sequence[Usage], *, known: Known, tally: Tally
+    connection: Connection,
+    batch: Batch,
+    new: Sequence[Usage],
+    *,
+    heads: Mapping[int, Head],
+    known: Known,
+    tally: Tally,
 ) -> tuple[list[ChargedLine], list[OutboxRow]]:
-    heads = await store.lock_heads(connection, {usage.partition for usage in new})
-    # After the heads are locked: from here on nobody opens an account of these partitions, or maps a subject.
+    # The heads are locked: nobody opens an account of these partitions meanwhile, or maps a subject.
     aliases = await _find_aliases(connection, new, known)
     placed = place(new, aliases=aliases)
     prices, priced = batch.prices, batch.priced
@@ -440,16 +449,14 @@ async def _enter(
         known.open_accounts |= await store.find_open(connection, unknown)
     rated = await _count(connection, placed.here, prices, open_accounts=known.open_accounts, price_book=price_book)
     decided = decide_charges(((usage, rated[usage.key]) for usage in placed.here), open_accounts=known.open_accounts)
-    written = {
-        charge.usage.key: priced.get(charge.usage.key)
-        or translate.priced(charge.usage, charge.rated, units=price_book.units)
-        for charge in decided.charges
-    }
+    written = dict(priced)
+    for charge in decided.charges:
+        if charge.usage.key not in written:
+            written[charge.usage.key] = translate.priced(charge.usage, charge.rated, units=price_book.units)
     recorded_at = _recording_times(heads)
     lines, rows = await _stage(connection, decided.charges, heads=heads, recorded_at=recorded_at, priced=written)
-    charged = {line.usage.key: line for line in lines}
     unmapped = [SetAside(usage=usage, reason="unmapped", key=usage.subject) for usage in placed.unmapped]
-    await store.log_usage(connection, placed.here, recorded_at=recorded_at, charged=charged)
+    await store.log_usage(connection, placed.here, recorded_at=recorded_at, charged=lines)
     await store.set_aside(connection, [*decided.set_aside, *unmapped], recorded_at=recorded_at)
     await store.add_reroutes(connection, placed.elsewhere, recorded_at=now())
     _tally_new(placed, decided, tally)
@@ -568,15 +575,9 @@ async def _stage(
 
 def _lines(of: Bundle, priced: Mapping[Key, Priced]) -> Iterable[ChargedLine]:
     for number, charge in enumerate(of.charges, start=1):
-        as_json = priced[charge.usage.key]
-        yield ChargedLine(
-            usage=charge.usage,
-            price_version=charge.rated.price_version,
-            line_items=as_json.items,
-            amounts=as_json.amounts,
-            bundle_number=of.number,
-            line_number=number,
-        )
+        usage = charge.usage
+        as_json = priced[usage.key]
+        yield ChargedLine(usage, charge.rated.price_version, as_json.items, as_json.amounts, of.number, number)
 
 
 def _end_spans(spans: Mapping[Key, tracing.Span], judged: Judged, lines: Iterable[ChargedLine]) -> None:
@@ -632,8 +633,8 @@ async def _record_letters(connection: Connection, letters: Sequence[Letter], tal
 
 
 def _tally_new(placed: Placed, decided: Decided, tally: Tally) -> None:
-    for usage in placed.here:
-        _counts(tally, usage).new += 1
+    for key, count in _by_source(placed.here).items():
+        tally.setdefault(key, Counts()).new += count
     for usage in placed.unmapped:
         counts = _counts(tally, usage)
         counts.new += 1
@@ -641,8 +642,8 @@ def _tally_new(placed: Placed, decided: Decided, tally: Tally) -> None:
     for rerouted in placed.elsewhere:
         # Not new here: it is where it goes to.
         _counts(tally, rerouted).rerouted += 1
-    for charge in decided.charges:
-        _counts(tally, charge.usage).charged += 1
+    for key, count in _by_source(charge.usage for charge in decided.charges).items():
+        tally.setdefault(key, Counts()).charged += count
     for each in decided.set_aside:
         counts = _counts(tally, each.usage)
         match each.reason:
@@ -693,6 +694,10 @@ def _tally_judged(judged: Judged, new_conflicts: Sequence[Conflict], tally: Tall
         counts = _counts(tally, conflict.usage)
         counts.conflicting += 1
         counts.duplicate -= 1
+
+
+def _by_source(usages: Iterable[Usage]) -> Mapping[tuple[int, str], int]:
+    return Counter([(usage.partition, usage.source) for usage in usages])
 
 
 def _counts(tally: Tally, of: Usage | Reroute) -> Counts:

@@ -1,20 +1,22 @@
 """The statements of metering, each on a whole batch. Takes a connection, and never commits.
 
-Locks are taken in one order by everybody, so that nobody deadlocks: keys of `seen` in key order, then heads in the
-order of partitions, then the rest, each in key order.
+Locks are taken in one order by everybody, so that nobody deadlocks: heads in the order of partitions, then keys of
+`seen`, then the rest, each in key order.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, date, datetime
 from functools import lru_cache
-from typing import Final, NamedTuple
+from typing import Final
 
+import msgspec
 from psycopg import AsyncConnection
+from psycopg.errors import UniqueViolation
 from psycopg.rows import TupleRow, class_row
 
 from contracts.pricing import Counter
-from services.kit.database import copy_text
+from services.kit.database import copy_text, copy_value
 from services.metering.domain.charging import Head, Reason, SetAside
 from services.metering.domain.ingest import Conflict, Subject
 from services.metering.domain.prices import CounterKey
@@ -45,7 +47,7 @@ class Counts:
     voided: int = 0
 
 
-class ChargedLine(NamedTuple):
+class ChargedLine(msgspec.Struct, frozen=True, gc=False):
     """What the log keeps of a charge. `line_items` and `amounts` are JSON."""
 
     usage: Usage
@@ -71,7 +73,6 @@ class LoggedUsage:
     revision: int
 
 
-_NOT_CHARGED: Final = ("", "", "", "", "")
 COUNTERS: Final = tuple(field.name for field in fields(Counts))
 
 
@@ -81,53 +82,43 @@ COUNTERS: Final = tuple(field.name for field in fields(Counts))
 async def claim(connection: Connection, firsts: Sequence[Usage]) -> dict[Key, bytes]:
     """Claim the keys of usages that are sorted by key; of those claimed before, the body hash.
 
-    Waits for another transaction that is claiming one of them.
+    The caller holds their partitions' heads: nobody else claims keys there meanwhile.
     """
-    await connection.execute(
-        """
-        CREATE TEMPORARY TABLE IF NOT EXISTS claims (
-            partition smallint, source text, event_id text, body_hash text, occurred_at timestamptz
-        ) ON COMMIT DELETE ROWS
-        """
-    )
-    async with (
-        connection.cursor() as cursor,
-        cursor.copy(
-            "COPY pg_temp.claims (partition, source, event_id, body_hash, occurred_at) FROM STDIN (NULL '')"
-        ) as copy,
-    ):
-        rows = [(str(u.partition), u.source, u.event_id, u.body_hash.hex(), _text(u.occurred_at)) for u in firsts]
-        await copy.write(copy_text(rows))
-    cursor = await connection.execute(
-        """
-        WITH claimed AS (
-            INSERT INTO seen (partition, source, event_id, body_hash, occurred_at)
-            SELECT partition, source, event_id, decode(body_hash, 'hex'), occurred_at FROM pg_temp.claims
-            ORDER BY partition, source, event_id
-            ON CONFLICT DO NOTHING
-            RETURNING partition, source, event_id
-        )
-        SELECT partition, source, event_id FROM pg_temp.claims
-        -- Mostly all are: then none is looked for.
-        WHERE (SELECT count(*) FROM claimed) < (SELECT count(*) FROM pg_temp.claims)
-          AND (partition, source, event_id) NOT IN (SELECT partition, source, event_id FROM claimed)
-        """
-    )
-    known = await cursor.fetchall()
-    if not known:
+    await connection.execute("SAVEPOINT claims")
+    try:
+        await _copy_claims(connection, firsts)
+    except UniqueViolation:
+        await connection.execute("ROLLBACK TO SAVEPOINT claims")
+    else:
+        # Mostly all are new.
         return {}
-    # Only now: a key whose claim was waited for is not visible to the statement that waited.
     cursor = await connection.execute(
         """
         SELECT partition, source, event_id, body_hash FROM seen
-        JOIN unnest(%s::smallint[], %s::text[], %s::text[]) AS known (partition, source, event_id)
+        JOIN unnest(%s::smallint[], %s::text[], %s::text[]) AS asked (partition, source, event_id)
              USING (partition, source, event_id)
         """,
-        [list(column) for column in zip(*known, strict=True)],
+        [list(column) for column in zip(*(usage.key for usage in firsts), strict=True)],
     )
-    return {
+    known = {
         (partition, source, event_id): body_hash for partition, source, event_id, body_hash in await cursor.fetchall()
     }
+    if new := [usage for usage in firsts if usage.key not in known]:
+        await _copy_claims(connection, new)
+    return known
+
+
+async def _copy_claims(connection: Connection, firsts: Sequence[Usage]) -> None:
+    rows = [
+        f"{usage.partition}\t{copy_value(usage.source)}\t{copy_value(usage.event_id)}"
+        f"\t\\\\x{usage.body_hash.hex()}\t{_text(usage.occurred_at)}\n"
+        for usage in firsts
+    ]
+    async with (
+        connection.cursor() as cursor,
+        cursor.copy("COPY seen (partition, source, event_id, body_hash, occurred_at) FROM STDIN") as copy,
+    ):
+        await copy.write("".join(rows))
 
 
 async def find_seen(connection: Connection, keys: Collection[Key]) -> set[Key]:
@@ -188,12 +179,27 @@ async def find_open(connection: Connection, accounts: Collection[tuple[int, str]
 
 async def log_usage(
     connection: Connection,
-    usages: Iterable[Usage],
+    usages: Sequence[Usage],
     *,
     recorded_at: Mapping[int, datetime],
-    charged: Mapping[Key, ChargedLine],
+    charged: Sequence[ChargedLine],
 ) -> None:
     """Add usages to the log, with their charge where they have one."""
+    times = {partition: str(time) for partition, time in recorded_at.items()}
+    rows = [
+        (
+            *_said(line.usage, times),
+            line.price_version,
+            line.line_items,
+            line.amounts,
+            str(line.bundle_number),
+            str(line.line_number),
+        )
+        for line in charged
+    ]
+    if len(charged) < len(usages):
+        keys = {line.usage.key for line in charged}
+        rows += [(*_said(usage, times), "", "", "", "", "") for usage in usages if usage.key not in keys]
     async with (
         connection.cursor() as cursor,
         cursor.copy(
@@ -204,8 +210,7 @@ async def log_usage(
             """
         ) as copy,
     ):
-        times = {partition: str(time) for partition, time in recorded_at.items()}
-        await copy.write(copy_text([_log_row(usage, charged.get(usage.key), times) for usage in usages]))
+        await copy.write(copy_text(rows))
 
 
 @lru_cache(maxsize=16_384)
@@ -214,7 +219,7 @@ def _text(time: datetime) -> str:
     return str(time)
 
 
-def _log_row(usage: Usage, line: ChargedLine | None, recorded_at: Mapping[int, str]) -> tuple[str, ...]:
+def _said(usage: Usage, recorded_at: Mapping[int, str]) -> tuple[str, ...]:
     return (
         str(usage.partition),
         _text(usage.occurred_at),
@@ -226,11 +231,6 @@ def _log_row(usage: Usage, line: ChargedLine | None, recorded_at: Mapping[int, s
         usage.data,
         usage.context or "",
         "" if usage.subject == usage.account else usage.subject,
-        *(
-            _NOT_CHARGED
-            if line is None
-            else (line.price_version, line.line_items, line.amounts, str(line.bundle_number), str(line.line_number))
-        ),
     )
 
 
@@ -519,7 +519,11 @@ async def log_charges(connection: Connection, lines: Sequence[ChargedLine]) -> N
         [
             *keys,
             [usage.occurred_at for usage in usages],
-            *(list(column) for column in zip(*(line[1:] for line in lines), strict=True)),
+            [line.price_version for line in lines],
+            [line.line_items for line in lines],
+            [line.amounts for line in lines],
+            [line.bundle_number for line in lines],
+            [line.line_number for line in lines],
         ],
     )
     await connection.execute(

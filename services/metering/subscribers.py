@@ -54,7 +54,8 @@ RETRY_SECONDS_MIN: Final = 0.1
 RETRY_SECONDS_MAX: Final = 5.0
 # Some thousand events, however many a message has.
 BATCH_BYTES_MAX: Final = 1 << 20
-READ_SLICE: Final = 500
+# A millisecond or two.
+READ_SLICE: Final = 100
 
 # Not the fault of any event: the same batch is tried again.
 # An event that Postgres cannot store is as good as unreadable.
@@ -133,7 +134,7 @@ class UsageSubscriber:
         reading = Reading(price_book=self._price_book(), received_at=now(), age_max=self._age_max)
         for start in range(0, len(events), READ_SLICE):
             reading.add(events[start : start + READ_SLICE])
-            # Others have their turn: readiness, HTTP, the commit of the batch before.
+            # Others have their turn: readiness, HTTP, and the batch before, whose heads wait for its next statement.
             await asyncio.sleep(0)
         return reading.batch()
 

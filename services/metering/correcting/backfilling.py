@@ -190,9 +190,8 @@ async def apply_slice(
         translate.waiting_usage(body, occurred_at=occurred_at, body_hash=body_hash)
         for _, occurred_at, body_hash, body in rows
     ]
-    # Keys of `seen` before heads: so does ingest.
-    known = await store.claim(connection, sorted(usages, key=lambda usage: usage.key)) if usages else {}
     heads = await store.lock_heads(connection, [parameters.partition])
+    known = await store.claim(connection, sorted(usages, key=lambda usage: usage.key)) if usages else {}
     uses = await _find_known(connection, known)
     counts = {"events": len(usages), "corrected": 0}
     wanted: list[tuple[Found, Usage]] = []

@@ -3,7 +3,8 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Final, Literal, assert_never
+from operator import attrgetter
+from typing import Final, Literal
 
 import msgspec
 
@@ -16,6 +17,7 @@ from services.metering.domain.usage import Usage
 Reason = Literal["unattributed", "unpriced", "unmapped"]
 
 _STEP: Final = timedelta(microseconds=1)
+_IN_ORDER_OF_USE: Final = attrgetter("usage.occurred_at", "usage.source", "usage.event_id")
 
 
 class Charge(msgspec.Struct, frozen=True, gc=False):
@@ -65,18 +67,15 @@ class Head:
 
 def decide_charges(priced: Iterable[tuple[Usage, Rated | NoPrice]], *, open_accounts: Collection[str]) -> Decided:
     """Charge what has a price and an open account; set the rest aside."""
-    charges, set_aside = [], []
+    charges: list[Charge] = []
+    set_aside: list[SetAside] = []
     for usage, price in priced:
         if usage.account not in open_accounts:
             set_aside.append(SetAside(usage=usage, reason="unattributed", key=usage.account))
-            continue
-        match price:
-            case Rated():
-                charges.append(Charge(usage=usage, rated=price))
-            case NoPrice(key=key):
-                set_aside.append(SetAside(usage=usage, reason="unpriced", key=key))
-            case _:
-                assert_never(price)
+        elif isinstance(price, Rated):
+            charges.append(Charge(usage, price))
+        else:
+            set_aside.append(SetAside(usage=usage, reason="unpriced", key=price.key))
     return Decided(charges=charges, set_aside=set_aside)
 
 
@@ -94,7 +93,7 @@ def bundle(
         by_partition.setdefault(charge.usage.partition, []).append(charge)
     bundles = []
     for partition in sorted(by_partition):
-        lines = sorted(by_partition[partition], key=_in_order_of_use)
+        lines = sorted(by_partition[partition], key=_IN_ORDER_OF_USE)
         number = heads[partition].outbox_number
         for start in range(0, len(lines), LINES_MAX):
             number += 1
@@ -107,7 +106,3 @@ def bundle(
                 )
             )
     return bundles
-
-
-def _in_order_of_use(charge: Charge) -> tuple[datetime, str, str]:
-    return (charge.usage.occurred_at, charge.usage.source, charge.usage.event_id)

@@ -39,6 +39,8 @@ def first_of_each(usages: Iterable[Usage]) -> list[Usage]:
 
 def judge(usages: Sequence[Usage], *, claimed: Mapping[Key, bytes]) -> Judged:
     """Sort out a batch. `claimed` has the body hash of every key of it that was reported before the batch."""
+    if not claimed and len({usage.key for usage in usages}) == len(usages):
+        return Judged(new=usages, repeats=(), conflicts=())
     body_hashes = dict(claimed)
     new, repeats, conflicts = [], [], []
     for usage in usages:
@@ -63,8 +65,10 @@ class Placed:
     unmapped: Sequence[Usage]
 
 
-def place(usages: Iterable[Usage], *, aliases: Mapping[Subject, str]) -> Placed:
+def place(usages: Sequence[Usage], *, aliases: Mapping[Subject, str]) -> Placed:
     """Sort use by where its account lives. An alias counts before an account of the same name."""
+    if not aliases and all(usage.account for usage in usages):
+        return Placed(here=usages, elsewhere=(), unmapped=())
     here, elsewhere, unmapped = [], [], []
     for usage in usages:
         account = None if usage.is_mapped else aliases.get((usage.partition, usage.subject))

@@ -152,6 +152,8 @@ class _Month:
         with self._connection.transaction():
             pages = read_file(self._directory, file, columns=self.manifest.columns)
             last_bundle = self._staged.fill(self._connection, pages, on_progress)
+            # Before its keys: so does ingest.
+            self._connection.execute("SELECT FROM heads WHERE partition = %s FOR NO KEY UPDATE", [file.partition])
             keys = self._staged.see(self._connection, path)
             rows = self._staged.log(self._connection, path, rows=file.rows)
             if keys:

@@ -155,6 +155,41 @@ async def test_many_handlers_on_the_same_events_charge_once_and_never_deadlock(
     assert (await driver.counters())["duplicate"] == 4 * 600 - 300
 
 
+async def test_whoever_holds_a_head_claims_its_keys_and_waits_for_nobody(
+    driver: Driver, database: Database, writer: Writer
+) -> None:
+    """A batch has claimed nothing while it waits for a head: else the two would wait for each other."""
+    await open_all(driver, writer)
+    batch = batch_of([event(number) for number in range(20)], price_book=price_book())
+    own = Writer(database.url("metering"), name="waiting")
+    async with writer.transaction() as connection:
+        await store.lock_heads(connection, {usage.partition for usage in batch.firsts})
+        waiting = asyncio.create_task(handlers.ingest(batch, writer=own, known=Known()))
+        await eventually(lambda: waits_for_a_lock(driver, "waiting"))
+        await connection.execute("SET LOCAL lock_timeout = '2s'")
+        assert await store.claim(connection, batch.firsts) == {}
+    assert (await waiting).counts.duplicate == 20
+    await own.close()
+
+
+async def waits_for_a_lock(driver: Driver, name: str) -> bool:
+    waiting = "SELECT FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE NOT granted AND application_name = %s"
+    return bool(await driver.rows(waiting, name))
+
+
+async def test_of_a_batch_that_is_partly_known_the_rest_is_claimed(driver: Driver, writer: Writer) -> None:
+    await open_all(driver, writer)
+    book, known = price_book(), Known()
+    odd = [event(number, id=f"use\\{number} \\N") for number in range(5)]
+    before = batch_of([*(event(number) for number in range(0, 40, 3)), *odd[:2]], price_book=book)
+    assert (await handlers.ingest(before, writer=writer, known=known)).counts.new == 16
+    after = batch_of([*(event(number) for number in range(40)), *odd], price_book=book)
+    counts = (await handlers.ingest(after, writer=writer, known=known)).counts
+    assert (counts.new, counts.duplicate, counts.charged) == (29, 16, 29)
+    seen = await driver.rows("SELECT source, event_id, body_hash FROM seen")
+    assert sorted(seen) == sorted((usage.source, usage.event_id, usage.body_hash) for usage in after.firsts)
+
+
 async def test_losing_the_database_again_and_again_charges_once(
     driver: Driver, database: Database, writer: Writer
 ) -> None:

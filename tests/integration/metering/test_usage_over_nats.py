@@ -181,11 +181,10 @@ async def test_a_message_that_cannot_be_taken_apart_is_dead_lettered_whole(drive
 
 async def test_a_letter_is_redriven_and_charged_once_however_often(driver: Driver) -> None:
     """Reported too far ahead, and re-driven when its time has come: on another partition's subject, or as it should."""
-    time = (datetime.now(UTC) + timedelta(minutes=5, seconds=1)).isoformat()
-    early = body(1, time=time)
     async with driver.running() as http:
         await open_all(driver)
         headers = driver.headers("operator")
+        early = body(1, time=(datetime.now(UTC) + timedelta(minutes=5, seconds=1)).isoformat())
         await driver.publish_raw(early, subject="usage.v1.63.demo")
         await driver.publish_raw(early, subject="usage.v1.62.demo")
         await driver.publish_raw(b"{", subject="usage.v1.62.demo")

@@ -54,6 +54,34 @@ def places(problems: Any) -> set[str]:
     return {problem["field"] if isinstance(problem, dict) else problem.field for problem in problems}
 
 
+@pytest.mark.parametrize(
+    ("said", "where"),
+    [
+        ({}, {}),
+        ({"time": None}, {}),
+        ({"time": "2026-03-14T12:05:01.123456Z"}, {}),
+        ({"time": "2026-03-14T12:05:01.123457Z"}, {}),
+        ({"time": "2026-02-07T11:55:01.123456Z"}, {}),
+        ({"time": "2026-02-07T11:55:01.123455Z"}, {}),
+        ({"time": "2024-01-01T00:00:00Z"}, {}),
+        ({}, {"reporter": "gateway"}),
+        ({}, {"partition": "63"}),
+        ({"source": "gateway", "data_price_version": "v1"}, {"reporter": "gateway"}),
+        ({"data_price_version": "v1"}, {}),
+        ({"source": "metering"}, {}),
+        ({"subject": "customer 7"}, {"account": "customer 7"}),
+        ({"traceparent": "00-1"}, {}),
+    ],
+)
+def test_what_is_usual_is_read_as_it_is_closely(
+    said: dict[str, Any], where: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payload = json.dumps({name: value for name, value in event(1, **said).items() if value is not None}).encode()
+    found = read(payload, **where)
+    monkeypatch.setattr(usage_translation, "_read_usual", lambda *_, **__: None)
+    assert found == read(payload, **where)
+
+
 def test_a_delivery_is_read_as_it_was_reported() -> None:
     found = read(body(1, data_attributes={"endpoint": "/v1"}, traceparent="00-1", time="2026-03-14T13:00:01+01:00"))
     assert isinstance(found, Usage)
