@@ -344,7 +344,7 @@ async def count(connection: Connection, changes: Mapping[tuple[int, str], Counts
     await connection.execute(
         f"""
         INSERT INTO ingest_counters AS c (partition, source, {", ".join(COUNTERS)})
-        SELECT * FROM unnest(%s::smallint[], %s::text[]{", %s::bigint[]" * len(COUNTERS)})
+        SELECT unnest(%s::smallint[]), unnest(%s::text[]){", unnest(%s::bigint[])" * len(COUNTERS)}
         ON CONFLICT (partition, source) DO UPDATE SET {additions}
         """,
         [[partition for partition, _ in keys], [source for _, source in keys], *columns],
@@ -813,7 +813,8 @@ async def write_counters(connection: Connection, counters: Mapping[CounterKey, C
     await connection.execute(
         """
         INSERT INTO price_counters (partition, account, price_id, period, quantity, credit)
-        SELECT * FROM unnest(%s::smallint[], %s::text[], %s::text[], %s::timestamptz[], %s::numeric[], %s::bigint[])
+        SELECT unnest(%s::smallint[]), unnest(%s::text[]), unnest(%s::text[]), unnest(%s::timestamptz[]),
+               unnest(%s::numeric[]), unnest(%s::bigint[])
         ON CONFLICT (partition, account, price_id, period)
         DO UPDATE SET quantity = excluded.quantity, credit = excluded.credit
         """,
