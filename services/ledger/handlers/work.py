@@ -186,9 +186,9 @@ class Work:
         match item.command:
             case CatchUp(account=account):
                 self._catch_up((account,), self._overdue((account,), ()))
-            case ResolveHold(account=account):
-                # Of all that are overdue the sweeper asks in order.
-                self._catch_up(path(account), self._overdue((), (item.command,)))
+            case ResolveHold():
+                # Of all that are overdue the sweeper asks in order: what was due after this one waits for the next.
+                self._catch_up((), self._overdue((), (item.command,)))
             case _:
                 assert_never(item.command)
         return Swept(self._draft.entries - before)

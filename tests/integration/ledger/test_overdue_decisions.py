@@ -10,16 +10,25 @@ import pytest
 from psycopg import AsyncConnection
 
 from contracts import ledger as words
+from contracts.money import Unit
+from contracts.partition import partition_of
+from services.kit.clock import now
+from services.kit.database import Writer
 from services.kit.ids import new_hold_id
 from services.ledger import store
+from services.ledger.domain.commands import CatchUp, Grant, Leg, OpenAccount, PlaceHold, ResolveHold, Units, WalletTerms
 from services.ledger.domain.state import NEVER
+from services.ledger.handlers import CommandItem, Ledger, SweepItem
 from services.ledger.replay import replay
 from services.ledger.store import Needs, loading
 from tests.builders import hold_leg, place_hold
 from tests.conftest import Database
-from tests.integration.ledger.driving import Driver
+from tests.integration.ledger.driving import Driver, processed
+from tests.unit.ledger.book import hold_id
 
 pytestmark = pytest.mark.anyio
+
+PARTITION = partition_of("acme")
 
 
 @asynccontextmanager
@@ -79,7 +88,7 @@ async def test_open_holds_are_read_by_their_deadlines_some_at_a_time(
     ((partition,),) = await driver.rows("SELECT DISTINCT partition FROM holds")
     found = await driver.rows("SELECT expires_at FROM holds ORDER BY expires_at")
     deadlines = [at for (at,) in found]
-    ever, now = datetime.min.replace(tzinfo=UTC), deadlines[0] - timedelta(seconds=100)
+    ever, before = datetime.min.replace(tzinfo=UTC), deadlines[0] - timedelta(seconds=100)
 
     async def read(since: datetime, until: datetime) -> tuple[list[datetime], datetime]:
         needs = Needs(overdue={(partition, since, until)})
@@ -89,8 +98,42 @@ async def test_open_holds_are_read_by_their_deadlines_some_at_a_time(
         assert held == {row[1] for row in loaded.rows["holds"]}
         return sorted(row[4] for row in loaded.rows["holds"]), loaded.unread_from[partition]
 
-    assert await read(ever, now) == ([], deadlines[0])
+    assert await read(ever, before) == ([], deadlines[0])
     assert await read(ever, deadlines[1]) == (deadlines[:2], deadlines[2])
     assert await read(deadlines[2], deadlines[3]) == (deadlines[2:], NEVER)
     monkeypatch.setattr(loading, "OVERDUE_READ_MAX", 4)
     assert await read(ever, NEVER) == (deadlines, deadlines[3] + timedelta(microseconds=1))
+
+
+async def test_what_is_swept_is_done_in_the_order_in_which_it_was_due(driver: Driver, database: Database) -> None:
+    begin, hour = now().replace(microsecond=0), timedelta(hours=1)
+    clock = [begin]
+    units = Units({"usd": Unit("usd", "money", 0)})
+    writer = Writer(database.url("ledger"), name="test")
+    owner = Ledger(writer=writer, units=units, now=lambda: clock[0], on_committed=lambda _: None)
+    await owner.take_over({PARTITION: 1})
+    first, second = hold_id(), hold_id()
+    for command in (
+        OpenAccount(account="acme", wallets=(WalletTerms("usd"),)),
+        Grant(account="acme", unit="usd", amount=10, expires_at=begin + 3 * hour),
+        PlaceHold(hold=first, account="acme", legs=(Leg("usd", 4, 4),), lifetime_seconds=3_600),
+        PlaceHold(hold=second, account="acme", legs=(Leg("usd", 3, 3),), lifetime_seconds=7_200),
+    ):
+        key = f"{type(command).__name__} {clock[0]}"
+        asked = CommandItem(partition=PARTITION, principal="tester", key=key, body_hash=bytes(32), command=command)
+        await processed(owner, [asked])
+        clock[0] += timedelta(seconds=1)
+    clock[0] = begin + 4 * hour
+    for due in (
+        ResolveHold(hold=first, account="acme"),
+        ResolveHold(hold=second, account="acme"),
+        CatchUp(account="acme"),
+    ):
+        await processed(owner, [SweepItem(PARTITION, due)])
+    await writer.close()
+    assert await driver.rows(
+        "SELECT kind, posted, held FROM journal WHERE recorded_at > %s AND account = 'acme' AND unit IS NOT NULL"
+        " AND (posted, held) <> (0, 0) ORDER BY batch, position",
+        begin + 3 * hour,
+    ) == [("hold_expired", 0, -4), ("hold_expired", 0, -3), ("lot_expired", -10, 0)]
+    assert replay(database.url("ledger_owner")).is_equal
