@@ -129,7 +129,7 @@ class Bench(Measured):
         )
 
     def delays(self, name: str) -> tuple[float, float]:
-        """Milliseconds from when an event of a load was sent to when the ledger charged it: half and 99 % took less."""
+        """Milliseconds from when an event of a load was due to when the ledger charged it: half and 99 % took less."""
         half, most = (
             self.count(
                 f"SELECT extract(epoch FROM percentile_disc({share}) WITHIN GROUP (ORDER BY recorded_at - occurred_at))"
@@ -223,12 +223,12 @@ def http(bench: Bench, *, events: int, rounds: int) -> None:
 
 
 def delay(bench: Bench, *, events: int, rate: float) -> None:
-    """From sending an event to its charge in the ledger, at a rate that leaves room."""
+    """From when an event was due to be sent to its charge in the ledger, at a rate that leaves room."""
     load = Load("delay", min(events, int(rate * DELAY_SECONDS)), ACCOUNTS, seed=7)
     run = bench.run(load, rate=rate)
     half, most = bench.delays(load.name)
     bench.console.print(
-        f"at {load.events / run.publish_seconds:,.0f} events/s: sent to charged p50 {half:,.0f} ms, p99 {most:,.0f} ms",
+        f"at {load.events / run.publish_seconds:,.0f} events/s: due to charged p50 {half:,.0f} ms, p99 {most:,.0f} ms",
         highlight=False,
     )
 

@@ -1,5 +1,5 @@
 """The bench's publisher, a process of its own: synthetic usage events in batches, as fast as they are confirmed or at a
-rate; over NATS, or over HTTP if it is told a URL. The time of an event is when it was sent.
+rate; over NATS, or over HTTP if it is told a URL. The time of an event is when it was sent; at a rate, when it was due.
 
 Prints one JSON line at the end: when it began and ended on the machine's monotonic clock, and its CPU time.
 """
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Final
 
@@ -36,8 +36,8 @@ INPUT_NANOS: Final = 150
 OUTPUT_NANOS: Final = 600
 
 TOKEN_VARIABLE: Final = "BENCH_TOKEN"
-# At a rate, a batch is what comes in this time.
-BATCH_SECONDS: Final = 0.02
+# At a rate, a batch is what comes in this time: what came first waits so long, and that counts.
+BATCH_SECONDS: Final = 0.1
 
 _encode: Final = msgspec.json.Encoder(order="sorted").encode
 
@@ -91,7 +91,7 @@ def expected(load: Load) -> Counter[str]:
     return nanos
 
 
-Send = Callable[[Sequence[Use]], Awaitable[None]]
+Send = Callable[[Sequence[Use], Sequence[str]], Awaitable[None]]
 
 
 async def publish(load: Load, *, in_flight: int, rate: float | None, url: str | None, singly: bool) -> None:
@@ -103,16 +103,20 @@ async def publish(load: Load, *, in_flight: int, rate: float | None, url: str | 
         send = await (_over_nats(load, stack, singly=singly) if url is None else _over_http(load, url, stack))
         waiting = uses(load)
         begin, cpu_begin = time.monotonic(), time.process_time()
+        begin_at = datetime.now(UTC)
         sent = 0
         size = BATCH_SIZE_MAX if rate is None else max(1, min(BATCH_SIZE_MAX, int(rate * BATCH_SECONDS)))
 
         async def work() -> None:
             nonlocal sent
             while batch := [found for _, found in zip(range(size), waiting, strict=False)]:
-                sent += len(batch)
-                if rate is not None and (wait := begin + sent / rate - time.monotonic()) > 0:
-                    await asyncio.sleep(wait)
-                await send(batch)
+                before, sent = sent, sent + len(batch)
+                if rate is None:
+                    times = [datetime.now(UTC)] * len(batch)
+                else:
+                    times = [begin_at + timedelta(seconds=number / rate) for number in range(before, sent)]
+                    await asyncio.sleep(max(0.0, begin + sent / rate - time.monotonic()))
+                await send(batch, list(map(_text, times)))
 
         await asyncio.gather(*(work() for _ in range(in_flight)))
         report = {"begin": begin, "end": time.monotonic(), "cpu_seconds": time.process_time() - cpu_begin}
@@ -123,10 +127,9 @@ async def _over_nats(load: Load, stack: AsyncExitStack, *, singly: bool) -> Send
     client = await connect(os.environ[URL_VARIABLE], os.environ[PASSWORD_VARIABLE])
     stack.push_async_callback(client.close)
 
-    async def send(batch: Sequence[Use]) -> None:
-        at = _now()
+    async def send(batch: Sequence[Use], times: Sequence[str]) -> None:
         by_partition: dict[int, list[bytes]] = {}
-        for use in batch:
+        for use, at in zip(batch, times, strict=True):
             body = _encode(_event(load, use, source=SOURCE, at=at))
             by_partition.setdefault(partition_of(use.account), []).append(body)
         messages = [
@@ -151,9 +154,9 @@ async def _over_http(load: Load, url: str, stack: AsyncExitStack) -> Send:
         )
     )
 
-    async def send(batch: Sequence[Use]) -> None:
-        at = _now()
-        body = _encode([_event(load, use, source=OPERATOR, at=at) for use in batch])
+    async def send(batch: Sequence[Use], times: Sequence[str]) -> None:
+        events = zip(batch, times, strict=True)
+        body = _encode([_event(load, use, source=OPERATOR, at=at) for use, at in events])
         answer = await client.post("/api/v1/events", content=body)
         if answer.status_code != httpx2.codes.NO_CONTENT:
             raise RuntimeError(f"{answer.status_code}: {answer.text[:500]}")
@@ -161,8 +164,8 @@ async def _over_http(load: Load, url: str, stack: AsyncExitStack) -> Send:
     return send
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+def _text(time: datetime) -> str:
+    return time.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def _event(load: Load, use: Use, *, source: str, at: str) -> dict[str, object]:

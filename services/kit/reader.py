@@ -87,6 +87,11 @@ class PullReader:
         self._draining: set[asyncio.Task[None]] = set()
 
     @property
+    def batch_size_max(self) -> int:
+        """How many messages a batch has at most, if nothing else is asked for."""
+        return self._batch_size_max
+
+    @property
     def durables(self) -> frozenset[str]:
         """What is being read."""
         return frozenset(self._lanes)

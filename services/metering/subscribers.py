@@ -1,6 +1,7 @@
 """Messages in: usage in batches, read and priced while the batch before commits; the ledger's facts one by one."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -12,6 +13,7 @@ from nats.aio.msg import Msg
 from prometheus_client import Counter, Gauge, Histogram
 
 from contracts.envelope import Problem
+from contracts.partition import PARTITION_COUNT
 from contracts.streams import CONSUMERS, METERING_DIRECTORY_CONSUMER
 from services.kit.broker import pull_subscriber
 from services.kit.clock import now
@@ -54,6 +56,10 @@ RETRY_SECONDS_MIN: Final = 0.1
 RETRY_SECONDS_MAX: Final = 5.0
 # Some thousand events, however many a message has.
 BATCH_BYTES_MAX: Final = 1 << 20
+# From one batch to the next, while their bundles would be small.
+LINGER_SECONDS: Final = 0.25
+LINGER_EVENTS_MIN: Final = 2 * PARTITION_COUNT
+BUNDLE_EVENTS_ENOUGH: Final = 32
 # A millisecond or two.
 READ_SLICE: Final = 100
 
@@ -69,6 +75,15 @@ class _Work:
     messages: Sequence[Msg]
     events: int
     batch: Batch
+
+
+def lingers(*, events: int, subjects: int, is_full: bool) -> bool:
+    """Whether the next batch is taken a moment after one of so many events of so many subjects, so that more can come.
+
+    A batch makes a bundle for each partition that it has events of, and a bundle costs all who handle it by itself: so
+    what comes steadily is charged sooner. Of a few events each is taken at once, and what waits behind a full batch is.
+    """
+    return LINGER_EVENTS_MIN <= events < subjects * BUNDLE_EVENTS_ENOUGH and not is_full
 
 
 class UsageSubscriber:
@@ -123,7 +138,14 @@ class UsageSubscriber:
         while not self._stopping:
             messages = await self._reader.next_batch(bytes_max=BATCH_BYTES_MAX, timeout_seconds=0.5)
             if messages:
-                await self._read.put(await self._read_work(messages))
+                taken_at = time.monotonic()
+                work = await self._read_work(messages)
+                await self._read.put(work)
+                size = sum([len(message.data) for message in messages])
+                is_full = len(messages) >= self._reader.batch_size_max or size >= BATCH_BYTES_MAX // 2
+                subjects = len({message.subject for message in messages})
+                if lingers(events=work.events, subjects=subjects, is_full=is_full):
+                    await asyncio.sleep(max(0.0, taken_at + LINGER_SECONDS - time.monotonic()))
         await self._read.put(None)
 
     async def _read_work(self, messages: Sequence[Msg]) -> _Work:
