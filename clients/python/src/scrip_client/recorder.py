@@ -314,8 +314,9 @@ class Recorder:
         answer = self._post(http, [body for _, body in waiting])
         match answer:
             case Delivered():
-                self._spool.remove([number for number, _ in waiting])
+                # First: whoever sees that nothing waits any more sees no problem either.
                 self._succeeded()
+                self._spool.remove([number for number, _ in waiting])
             case BadEvents(problems=problems):
                 self._set_apart({waiting[place][0]: why for place, why in problems.items()})
             case BadBatch(problem=problem) if len(waiting) == 1:
