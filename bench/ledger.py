@@ -12,9 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +34,9 @@ from infra.supervisor import READY_SECONDS_MAX, ServiceProcess, unready
 ACCOUNTS: Final = 10_000
 RIVAL_EVENTS: Final = 5_000
 CALLERS: Final = 64
+HOLDS_BESIDE_CHARGES: Final = 100
+# More than it can charge: what is asked besides stands behind a queue of them.
+CHARGES_BESIDE_HOLDS: Final = 30_000
 PARTS: Final = ("charges", "holds", "reads", "rebuild", "memory")
 
 
@@ -207,7 +211,7 @@ def _show_charges(console: Console, accounts: int, runs: list[Charged], rivals: 
 
 
 def holds(bench: LedgerBench, *, seconds: int, rounds: int) -> None:
-    """Hold and settle by request/reply: the most, at half of it, and far above it."""
+    """Hold and settle by request/reply: the most, at half of it, far above it, and a little beside many charges."""
     table = Table(title="hold + settle by request/reply, 10,000 accounts")
     for column in ("load", "pairs/s", "p50 ms", "p99 ms", "answers"):
         table.add_column(column, justify="left" if column in {"load", "answers"} else "right")
@@ -217,6 +221,15 @@ def holds(bench: LedgerBench, *, seconds: int, rounds: int) -> None:
     for share in (0.5, 2.0):
         report = bench.call("--rate", str(highest * share), "--seconds", str(seconds))
         loads.append((f"open loop, {share:.0%} of that", report))
+    report = _while_charging(
+        bench,
+        "holds",
+        rate=CHARGES_BESIDE_HOLDS,
+        full=True,
+        seconds=seconds,
+        work=partial(bench.call, "--rate", str(HOLDS_BESIDE_CHARGES), "--seconds", str(seconds)),
+    )
+    loads.append((f"open loop, while {report['charged']:,.0f} charges/s", report))
     for title, report in loads:
         table.add_row(
             title,
@@ -246,8 +259,13 @@ def reads(bench: LedgerBench, *, lines: int, seconds: int) -> None:
             for of, pid in asked.items():
                 for share in (0.0, 0.2, 0.5, 1.0):
                     used = cpu.cpu_seconds(pid)
-                    report = _read_while_charging(
-                        bench, f"{length}-{of}-{share}", of=of, rate=share * highest, full=share == 1.0, seconds=seconds
+                    report = _while_charging(
+                        bench,
+                        f"reads-{length}-{of}-{share}",
+                        rate=share * highest,
+                        full=share == 1.0,
+                        seconds=seconds,
+                        work=partial(bench.read, of=of, rate=500, seconds=seconds),
                     )
                     used = cpu.cpu_seconds(pid) - used
                     row = (
@@ -266,21 +284,19 @@ def reads(bench: LedgerBench, *, lines: int, seconds: int) -> None:
     bench.console.print(table)
 
 
-def _read_while_charging(
-    bench: LedgerBench, name: str, *, of: str, rate: float, full: bool, seconds: int
+def _while_charging(
+    bench: LedgerBench, name: str, *, rate: float, full: bool, seconds: int, work: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """What readers report, with charges running from before their first question until after the last."""
+    """What those who ask report, with charges running from before their first question until after the last."""
     taken = bench.lines_taken()
     # It takes a second to start, and reading slows what it is measured beside.
     lines = int(rate * (seconds + 6))
     charging = None
     if lines:
-        charging = bench.start_charging(
-            f"reads-{name}", lines=lines, accounts=ACCOUNTS, seed=79, rate=0.0 if full else rate
-        )
+        charging = bench.start_charging(name, lines=lines, accounts=ACCOUNTS, seed=79, rate=0.0 if full else rate)
         bench.wait_for(bench.lines_taken, taken + 1, "charged lines", charging)
     begin, before, machine = time.monotonic(), bench.lines_taken(), cpu.machine()
-    report = bench.read(of=of, rate=500, seconds=seconds)
+    report = work()
     charged = (bench.lines_taken() - before) / (time.monotonic() - begin)
     report |= {"charged": charged, "busy": cpu.busy(machine, cpu.machine())}
     if charging is not None:

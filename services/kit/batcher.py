@@ -4,7 +4,8 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass, field
+from typing import Final, Generic, NamedTuple, TypeVar
 
 from services.kit.telemetry import BATCH_ITEMS, BATCH_SECONDS, FAULTS, get_logger
 
@@ -18,7 +19,7 @@ class Busy(Exception):
     """The queue is full: nothing was taken. Ask again later."""
 
     def __init__(self, *, name: str, queued_cost: int, queue_cost_max: int) -> None:
-        super().__init__(f"{name} is busy: {queued_cost} of at most {queue_cost_max} are waiting")
+        super().__init__(f"{name} is busy: work that costs {queued_cost} is waiting, of at most {queue_cost_max}")
         self.queued_cost = queued_cost
         self.queue_cost_max = queue_cost_max
 
@@ -31,8 +32,15 @@ class Stopped(Exception):
     """The batcher was stopped before the item was processed. Nothing was done with it."""
 
 
+# Of a batch's cost, what goes in bulk may make up so much while somebody waits for the rest.
+BULK_SHARE: Final = 1 / 8
+
+
 class Batcher(Generic[Item, Result]):
     """Hands queued items to `process` in batches, in the order of submission, one batch at a time.
+
+    What is submitted `in_bulk` stands in a queue of its own: it comes after that for which somebody waits, and if there
+    is any of that, few go with it. A batch has some of it at any rate, so that neither keeps the other away.
 
     `process` may call what it is given as soon as the next batch may begin although this one is not done, as its commit
     is on its way. It then begins once `ahead_cost_min` is waiting; there are never more than these two.
@@ -59,8 +67,8 @@ class Batcher(Generic[Item, Result]):
         self._queue_cost_max = queue_cost_max
         self._ahead_cost_min = queue_cost_max * 2 if ahead_cost_min is None else ahead_cost_min
         self._whole_batch_errors = whole_batch_errors
-        self._queue: deque[_Waiting[Item, Result]] = deque()
-        self._queued_cost = 0
+        self._awaited: _Lane[Item, Result] = _Lane()
+        self._bulk: _Lane[Item, Result] = _Lane()
         # At least so much is waiting when the next batch begins.
         self._wanted_cost = 0
         self._wake = asyncio.Event()
@@ -69,18 +77,19 @@ class Batcher(Generic[Item, Result]):
     @property
     def queued_cost(self) -> int:
         """What is waiting, without the batch in process."""
-        return self._queued_cost
+        return self._awaited.cost + self._bulk.cost
 
-    def submit(self, item: Item, *, cost: int = 1) -> asyncio.Future[Result]:
+    def submit(self, item: Item, *, cost: int = 1, in_bulk: bool = False) -> asyncio.Future[Result]:
         """Queue an item; the future is its result. Raises Busy, or Stopped. A cancelled item may still be processed."""
         if self._stopping:
             raise Stopped(f"{self._name} is stopping")
-        if self._queued_cost + cost > self._queue_cost_max and self._queue:
-            raise Busy(name=self._name, queued_cost=self._queued_cost, queue_cost_max=self._queue_cost_max)
+        lane = self._bulk if in_bulk else self._awaited
+        if lane.cost + cost > self._queue_cost_max and lane.queue:
+            raise Busy(name=self._name, queued_cost=lane.cost, queue_cost_max=self._queue_cost_max)
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._queue.append(_Waiting(item, cost, future))
-        self._queued_cost += cost
-        if self._queued_cost >= self._wanted_cost:
+        lane.queue.append(_Waiting(item, cost, future))
+        lane.cost += cost
+        if self.queued_cost >= self._wanted_cost:
             self._wake.set()
         return future
 
@@ -92,10 +101,10 @@ class Batcher(Generic[Item, Result]):
                 if begun is not None and begun.done():
                     await begun
                     begun = None
-                if self._stopping and not self._queue and begun is None:
+                if self._stopping and not self._is_waiting and begun is None:
                     return
                 self._wanted_cost = 0 if begun is None else self._ahead_cost_min
-                if not self._queue or self._queued_cost < self._wanted_cost:
+                if not self._is_waiting or self.queued_cost < self._wanted_cost:
                     self._wake.clear()
                     await self._wake.wait()
                     continue
@@ -107,26 +116,23 @@ class Batcher(Generic[Item, Result]):
             if begun is not None:
                 begun.cancel()
                 await asyncio.wait([begun])
-            for waiting in self._queue:
-                _fail(waiting, Stopped(f"{self._name} was stopped"))
-            self._queue.clear()
+            for lane in (self._awaited, self._bulk):
+                for waiting in lane.queue:
+                    _fail(waiting, Stopped(f"{self._name} was stopped"))
+                lane.queue.clear()
 
     def stop(self) -> None:
         """Take no more items; `run` returns once those queued are done. Cancel `run` not to wait for them."""
         self._stopping = True
         self._wake.set()
 
+    @property
+    def _is_waiting(self) -> bool:
+        return bool(self._awaited.queue or self._bulk.queue)
+
     def _take_batch(self) -> list["_Waiting[Item, Result]"]:
-        batch: list[_Waiting[Item, Result]] = []
-        cost = 0
-        while self._queue and (not batch or cost + self._queue[0].cost <= self._batch_cost_max):
-            waiting = self._queue.popleft()
-            self._queued_cost -= waiting.cost
-            if waiting.future.cancelled():
-                continue
-            cost += waiting.cost
-            batch.append(waiting)
-        return batch
+        batch = self._awaited.take(self._batch_cost_max)
+        return batch + self._bulk.take(self._batch_cost_max * BULK_SHARE if batch else self._batch_cost_max)
 
     async def _begin(self, batch: list["_Waiting[Item, Result]"]) -> asyncio.Task[None]:
         """Process a batch: until it is done, or the next one may begin."""
@@ -199,6 +205,27 @@ class _Waiting(NamedTuple, Generic[Item, Result]):
     item: Item
     cost: int
     future: asyncio.Future[Result]
+
+
+@dataclass(slots=True)
+class _Lane(Generic[Item, Result]):
+    """What is waiting, in order, and what it costs together."""
+
+    queue: "deque[_Waiting[Item, Result]]" = field(default_factory=deque)
+    cost: int = 0
+
+    def take(self, cost_max: float) -> "list[_Waiting[Item, Result]]":
+        """The first of what is waiting: one, or as many as cost no more."""
+        taken: list[_Waiting[Item, Result]] = []
+        cost = 0
+        while self.queue and (not taken or cost + self.queue[0].cost <= cost_max):
+            waiting = self.queue.popleft()
+            self.cost -= waiting.cost
+            if waiting.future.cancelled():
+                continue
+            cost += waiting.cost
+            taken.append(waiting)
+        return taken
 
 
 def _fail(waiting: "_Waiting[Item, Result]", error: Exception) -> None:

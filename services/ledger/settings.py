@@ -18,7 +18,8 @@ class LedgerSettings(ServiceSettings):
     service: str = "ledger"
     # A process that owns no partitions only answers: it reads from the database, and hands commands to the owners.
     ledger_owns: bool = True
-    # Commands and charge lines that are decided at once, and that may wait to be: more are refused as busy.
+    # How much is decided at once, and of commands and of charges each may wait to be, in charge lines; a command counts
+    # as eight. More commands are refused as busy.
     batch_cost_max: Annotated[int, Field(gt=0)] = 4_000
     queue_cost_max: Annotated[int, Field(gt=0)] = 20_000
     # A body, over HTTP and over request/reply, and the commands of a list.

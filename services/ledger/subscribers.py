@@ -45,6 +45,7 @@ from services.ledger.handlers import (
     Result,
     Taken,
     TracedCharge,
+    cost_of,
 )
 from services.ledger.store import HeadMoved
 from services.ledger.translate import (
@@ -159,9 +160,9 @@ class CommandSubscriber:
         except Invalid as error:
             return _json(refused_as(error))
         try:
-            result = await self._batcher.submit(item, cost=len(item.commands) if isinstance(item, ListItem) else 1)
+            result = await self._batcher.submit(item, cost=cost_of(item))
             if isinstance(result, NotLookedUp) and isinstance(item, CommandItem):
-                result = await self._batcher.submit(replace(item, look_up=True))
+                result = await self._batcher.submit(replace(item, look_up=True), cost=cost_of(item))
         except Busy as error:
             return _json(words.Failed(code="busy", message=str(error)))
         except (*TRY_AGAIN, Stopped) as error:
@@ -295,7 +296,7 @@ class ChargesSubscriber:
         item = BundleItem(bundle, place.stream, place.stream_sequence, message.subject, traceparents)
         while True:
             try:
-                return self._batcher.submit(item, cost=len(bundle.lines) + len(bundle.reversals))
+                return self._batcher.submit(item, cost=cost_of(item), in_bulk=True)
             except Busy:
                 await asyncio.sleep(0.005)
             except Stopped:

@@ -18,7 +18,7 @@ from services.kit.database import Pool
 from services.kit.telemetry import FAULTS, REGISTRY, get_logger
 from services.ledger import store
 from services.ledger.domain.commands import CatchUp, ResolveHold
-from services.ledger.handlers import Item, Result, SweepItem, Swept
+from services.ledger.handlers import Item, Result, SweepItem, Swept, cost_of
 
 log = get_logger(__name__)
 
@@ -109,7 +109,7 @@ class Sweeper:
         futures = []
         for item in items:
             try:
-                futures.append(self._batcher.submit(item))
+                futures.append(self._batcher.submit(item, cost=cost_of(item), in_bulk=True))
             except Busy:
                 break
         results = await asyncio.gather(*futures, return_exceptions=True)

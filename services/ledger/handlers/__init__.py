@@ -15,6 +15,7 @@ from services.ledger.handlers.items import (
     Swept,
     Taken,
     TracedCharge,
+    cost_of,
 )
 from services.ledger.handlers.ledger import Ledger
 
@@ -34,4 +35,5 @@ __all__ = [
     "Swept",
     "Taken",
     "TracedCharge",
+    "cost_of",
 ]

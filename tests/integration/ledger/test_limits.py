@@ -11,6 +11,7 @@ import pytest
 
 from contracts import ledger as words
 from services.ledger.domain import opening, rules
+from services.ledger.handlers.items import COMMAND_COST
 from services.ledger.replay import replay
 from tests.builders import charge_line, charges_rated, grant
 from tests.conftest import Database
@@ -32,7 +33,7 @@ async def stalled(driver: Driver) -> AsyncIterator[None]:
 
 
 async def test_a_full_queue_refuses_at_once_loses_nothing_and_recovers(driver: Driver, database: Database) -> None:
-    limits = {"queue_cost_max": QUEUE, "batch_cost_max": 3}
+    limits = {"queue_cost_max": QUEUE * COMMAND_COST, "batch_cost_max": 3 * COMMAND_COST}
     driver = replace(driver, settings=driver.settings.model_copy(update=limits))
     async with driver.running() as http:
         await driver.funded("acme", "100")
@@ -64,7 +65,7 @@ async def test_a_full_queue_refuses_at_once_loses_nothing_and_recovers(driver: D
                 assert (answer.status_code, answer.json()["code"]) == (503, "busy")
                 assert answer.headers["content-type"] == "application/problem+json"
                 assert int(answer.headers["retry-after"]) >= 1
-                assert f"at most {QUEUE}" in answer.json()["detail"]
+                assert f"of at most {QUEUE * COMMAND_COST}" in answer.json()["detail"]
             # Over request/reply it is the same, of a list as a whole.
             for failed in (await driver.command(grant("acme", "1", key="asked")), await driver.commands(together)):
                 assert isinstance(failed, words.Failed)

@@ -133,6 +133,53 @@ def test_an_item_larger_than_every_limit_is_still_processed_alone() -> None:
     asyncio.run(law())
 
 
+@given(
+    submitted=st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=60),
+    batch_cost_max=st.integers(1, 40),
+)
+def test_each_queue_keeps_its_order_and_neither_keeps_the_other_away(
+    submitted: list[tuple[int, bool]], batch_cost_max: int
+) -> None:
+    async def law() -> None:
+        store = Store()
+        batcher = Batcher(name="test", process=store.process, batch_cost_max=batch_cost_max)
+        for item, (cost, in_bulk) in enumerate(submitted):
+            batcher.submit(item, cost=cost, in_bulk=in_bulk)
+        batcher.stop()
+        await batcher.run()
+        bulk = [item for item, (_, in_bulk) in enumerate(submitted) if in_bulk]
+        awaited = [item for item, (_, in_bulk) in enumerate(submitted) if not in_bulk]
+        assert [item for item in store.applied if item in set(bulk)] == bulk
+        assert [item for item in store.applied if item in set(awaited)] == awaited
+        for batch in store.batches:
+            begun = [item in set(bulk) for item in batch]
+            assert begun == sorted(begun), "what somebody waits for comes first"
+            assert not bulk or True in begun, "some of what goes in bulk goes with every batch"
+            bulk, awaited = [i for i in bulk if i not in batch], [i for i in awaited if i not in batch]
+            if False in begun and True in begun:
+                costs = [submitted[item][0] for item in batch if submitted[item][1]]
+                assert len(costs) == 1 or sum(costs) <= batch_cost_max / 8
+
+    asyncio.run(law())
+
+
+def test_a_queue_full_of_what_goes_in_bulk_is_not_busy_for_who_waits() -> None:
+    async def law() -> None:
+        store = Store()
+        batcher = Batcher(name="test", process=store.process, batch_cost_max=8, queue_cost_max=10)
+        charges = [batcher.submit(item, cost=5, in_bulk=True) for item in (1, 2)]
+        with pytest.raises(Busy):
+            batcher.submit(3, cost=5, in_bulk=True)
+        command = batcher.submit(4, cost=8)
+        assert batcher.queued_cost == 18
+        batcher.stop()
+        await batcher.run()
+        assert await asyncio.gather(*charges, command) == [10, 20, 40]
+        assert store.batches == [[4, 1], [2]]
+
+    asyncio.run(law())
+
+
 def test_a_cancelled_item_is_left_out_and_stopping_takes_no_more() -> None:
     async def law() -> None:
         store = Store()
