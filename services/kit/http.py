@@ -149,6 +149,7 @@ def serve(app: FastAPI, settings: ServiceSettings) -> None:
     """Serve until SIGTERM or SIGINT; then finish what is running within `shutdown_seconds`, and end the lifespan."""
     # A batch makes thousands of objects without cycles: at the default threshold the collector walks all caches for
     # each of them, a sixth of the ledger's time.
+    gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
     uvicorn.run(

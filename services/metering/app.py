@@ -3,7 +3,6 @@
 Run as `python -m services.metering.app`.
 """
 
-import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
@@ -247,10 +246,6 @@ def main() -> None:
     settings = MeteringSettings()
     configure_logging(service=SERVICE, level=settings.log_level)
     configure_tracing(SERVICE, settings)
-    # Batches are many objects that live for a moment: what is loaded by now need not be looked through each time.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000, 20, 20)
     serve(build(settings), settings)
 
 
