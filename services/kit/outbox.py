@@ -33,6 +33,8 @@ RETRY_SECONDS_MAX: Final = 5.0
 LANE_ROWS_MAX: Final = 2_000
 # How far a relay got is stored now and then: who dies in between publishes a little once more.
 STORE_EVERY_SECONDS: Final = 0.1
+# A lone row goes out at once; what comes right behind it is gathered for so long: each batch is a write to disk.
+GATHER_SECONDS: Final = 0.02
 PRUNE_EVERY_SECONDS: Final = 30.0
 PRUNE_ROWS_MAX: Final = 20_000
 
@@ -156,8 +158,11 @@ class Relay:
         delay = RETRY_SECONDS_MIN
         while not self._stopping:
             try:
-                if not await self._relay_once():
+                count = await self._relay_once()
+                if not count:
                     await self._sleep(self._poll_seconds)
+                elif count < self._batch_size_max:
+                    await asyncio.sleep(GATHER_SECONDS)
                 delay = RETRY_SECONDS_MIN
             except (psycopg.OperationalError, PoolTimeout) as error:
                 FAULTS.labels(place=f"relay.{self._stream}").inc()
@@ -172,8 +177,8 @@ class Relay:
         self._stopping = True
         self._wake.set()
 
-    async def _relay_once(self) -> bool:
-        """One round of load, publish, advance. False: there is nothing to do now."""
+    async def _relay_once(self) -> int:
+        """One round of load, publish, advance. How many rows there were to publish."""
         self._wake.clear()
         await self._load()
         rows = self._take()
@@ -183,7 +188,7 @@ class Relay:
             await self._store()
         await self._prune()
         OUTBOX_BLOCKED.labels(stream=self._stream).set(sum(lane.failures > 0 for lane in self._lanes.values()))
-        return bool(rows)
+        return len(rows)
 
     async def _load(self) -> None:
         """Read from the tables what is not in memory: at the start, after a gap, and now and then for all."""
