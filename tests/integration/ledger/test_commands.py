@@ -66,6 +66,7 @@ async def test_an_answer_goes_to_an_inbox_or_nowhere(driver: Driver) -> None:
         subject = ledger_command_subject(partition=partition, command="open_account", principal="tester")
         elsewhere = (f"ledger.v1.{token(partition)}.account.opened", "$JS.API.STREAM.PURGE.LEDGER", "_INBOX.x", "x")
         await driver.accepted(open_account("other", "usd"))
+        await driver.until("SELECT (SELECT count(*) FROM outbox) = (SELECT sum(number) FROM relayed)", True)
         before = (await driver.ledger_nats.jetstream().stream_info(LEDGER)).state.last_seq
         for reply in elsewhere:
             await driver.ledger_nats.publish(subject, command.model_dump_json().encode(), reply=reply)
