@@ -76,8 +76,10 @@ class LotScope(Frozen):
 class RuleSpec(Frozen):
     """A grant that renews itself: period n lasts from `anchor` plus n times `every` periods, by the clock of `zone`.
 
-    A month that has no such day ends on its last. Of the lot that ends, min(rollover_max, max(unheld remaining,
-    rollover_min)) is added to the next. From its first period on the wallet has `policy` and `overdraft`, if given.
+    Granted are the periods from `first_period` on, without `end_period` and those after it; at once those that have
+    begun. A month that has no such day begins on its last. Of the lot that ends, min(rollover_max, max(unheld
+    remaining, rollover_min)) is added to the next. From its first period on the wallet has `policy` and `overdraft`, if
+    given.
     """
 
     id: RuleId

@@ -184,7 +184,7 @@ def read_command_message(subject: str, body: bytes, units: Units, *, limits: Lim
     try:
         command = words.COMMANDS.validate_json(body)
     except ValidationError as error:
-        raise Invalid(model_problems(error)) from error
+        raise Invalid(model_problems(error, is_tagged=True)) from error
     if command.command != name:
         raise Invalid.of("/command", f"the subject says {name}")
     account = command.account

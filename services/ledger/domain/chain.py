@@ -19,28 +19,25 @@ def details_text(details: Details | None) -> str | None:
     return None if details is None else _json(details).decode()
 
 
-def entry_hash(previous: bytes, *, partition: int, entry: Entry, details: str | None) -> bytes:
-    """The hash of an entry with its details as text, after the entry with the hash `previous`."""
-    return columns_hash(
-        previous,
-        (
-            partition,
-            entry.batch,
-            entry.position,
-            entry.transaction,
-            entry.kind,
-            entry.account,
-            entry.unit,
-            entry.lot,
-            entry.lot_kind,
-            entry.hold,
-            entry.posted,
-            entry.held,
-            entry.frozen,
-            entry.occurred_at,
-            entry.recorded_at,
-            details,
-        ),
+def entry_columns(entry: Entry, *, partition: int) -> tuple[Any, ...]:
+    """The columns of an entry in the journal's order, but for its hash, which is over them."""
+    return (
+        partition,
+        entry.batch,
+        entry.position,
+        entry.transaction,
+        entry.kind,
+        entry.account,
+        entry.unit,
+        entry.lot,
+        entry.lot_kind,
+        entry.hold,
+        entry.posted,
+        entry.held,
+        entry.frozen,
+        entry.occurred_at,
+        entry.recorded_at,
+        details_text(entry.details),
     )
 
 

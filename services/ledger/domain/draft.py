@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
 from itertools import chain
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from contracts.ids import derived_uuid7
 from contracts.money import AMOUNT_MAX
-from services.ledger.domain.chain import details_text, entry_hash
+from services.ledger.domain.chain import columns_hash, entry_columns
 from services.ledger.domain.concerned import Place
 from services.ledger.domain.entries import Details, Entry, Move
 from services.ledger.domain.evolve import evolve
@@ -36,10 +36,10 @@ class Head:
 
 
 class Recorded(msgspec.Struct, frozen=True, gc=False):
-    """An entry as it is stored: with its details as text, and its hash."""
+    """An entry as it is stored: in columns, and its hash."""
 
     entry: Entry
-    details: str | None
+    columns: tuple[Any, ...]
     hash: bytes
 
 
@@ -97,9 +97,9 @@ class Draft:
         chain_hash = self.head.chain_hash
         recorded = []
         for entry in self._entries:
-            details = details_text(entry.details)
-            chain_hash = entry_hash(chain_hash, partition=self.head.partition, entry=entry, details=details)
-            recorded.append(Recorded(entry, details, chain_hash))
+            columns = entry_columns(entry, partition=self.head.partition)
+            chain_hash = columns_hash(chain_hash, columns)
+            recorded.append(Recorded(entry, columns, chain_hash))
         head = Head(
             partition=self.head.partition,
             epoch=self.head.epoch,

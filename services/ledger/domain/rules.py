@@ -192,7 +192,7 @@ def _check_number(known: RuleState | None, rule: Rule, number: int, at: datetime
         reason = "periods of it have been granted by another schedule: another schedule has another id"
         return InvalidRule(rule.id, reason)
     if rule.end_period is not None and rule.end_period <= number:
-        return InvalidRule(rule.id, f"it ends with period {rule.end_period}, before its first, {number}")
+        return InvalidRule(rule.id, f"it ends before period {rule.end_period}, and its first is {number}")
     try:
         boundary(rule, number + 1)
     except (ValueError, OverflowError):

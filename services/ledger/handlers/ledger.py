@@ -17,6 +17,9 @@ from services.ledger import store
 from services.ledger.domain.commands import Units
 from services.ledger.domain.draft import Draft
 from services.ledger.domain.state import PartitionState
+from services.ledger.handlers.bundles import take_bundle
+from services.ledger.handlers.catching_up import sweep
+from services.ledger.handlers.commands import take_command, take_list
 from services.ledger.handlers.items import (
     BundleItem,
     CommandItem,
@@ -283,13 +286,13 @@ class Ledger:
         match item:
             case CommandItem():
                 is_looked_up = (item.partition, item.principal, item.key) in needs.commands
-                reply = work.take_command(item, is_looked_up=is_looked_up)
+                reply = take_command(work, item, is_looked_up=is_looked_up)
                 return NotLookedUp() if reply is None else Replied(reply)
             case ListItem():
-                return Replied(work.take_list(item))
+                return Replied(take_list(work, item))
             case SweepItem():
-                return work.sweep(item)
+                return sweep(work, item)
             case BundleItem():
-                return work.take_bundle(item)
+                return take_bundle(work, item)
             case _:
                 assert_never(item)

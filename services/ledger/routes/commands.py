@@ -217,7 +217,7 @@ def _read_command(
         raise Problem(
             400 if is_missing else 422,
             "idempotency_key_missing" if is_missing else "invalid_request",
-            problems[0].detail if len(problems) == 1 else f"the request has {len(problems)} problems",
+            str(problems[0]) if len(problems) == 1 else f"the request has {len(problems)} problems",
             errors=translate.problem_rows(problems),
         )
     return command

@@ -107,7 +107,7 @@ def _rows_of(batch: Sequence[Written], signature: Signature | None) -> Iterator[
 
 def _record_of(batch: Sequence[Written], signature: Signature | None) -> Iterator[tuple[Table, list[Row]]]:
     """The rows of a batch that are only ever added, and the outbox's."""
-    yield tables.journal, [_entry_row(one, each) for one in batch for each in one.entries]
+    yield tables.journal, [(*each.columns, each.hash) for one in batch for each in one.entries]
     yield tables.commands, [row for one in batch for row in one.commands]
     yield tables.bundles, [row for one in batch for row in one.bundles]
     yield tables.charge_lines, [(*row, one.after.recorded_at) for one in batch for row in one.lines]
@@ -177,29 +177,6 @@ def _head_columns(batch: Sequence[Written]) -> list[str]:
             one.after.charges_number,
         )
         for one in batch
-    )
-
-
-def _entry_row(written: Written, recorded: Recorded) -> Row:
-    entry = recorded.entry
-    return (
-        written.after.partition,
-        entry.batch,
-        entry.position,
-        entry.transaction,
-        entry.kind,
-        entry.account,
-        entry.unit,
-        entry.lot,
-        entry.lot_kind,
-        entry.hold,
-        entry.posted,
-        entry.held,
-        entry.frozen,
-        entry.occurred_at,
-        entry.recorded_at,
-        recorded.details,
-        recorded.hash,
     )
 
 

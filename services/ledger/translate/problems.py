@@ -19,12 +19,15 @@ class Problem:
     code: str
     detail: str
 
+    def __str__(self) -> str:
+        return f"{self.pointer}: {self.detail}" if self.pointer else self.detail
+
 
 class Invalid(ValueError):
     """What was sent cannot be taken; carries every problem."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
-        super().__init__("; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems))
+        super().__init__("; ".join(map(str, problems)))
         self.problems = tuple(problems)
 
     @classmethod
@@ -33,9 +36,15 @@ class Invalid(ValueError):
         return cls([Problem(pointer, "invalid", detail)])
 
 
-def model_problems(error: ValidationError) -> list[Problem]:
-    """What pydantic found, as problems."""
-    return [Problem(_pointer(found["loc"]), "invalid", _sentence(found)) for found in error.errors(include_url=False)]
+def model_problems(error: ValidationError, *, is_tagged: bool = False) -> list[Problem]:
+    """What pydantic found, as problems; `is_tagged`: places begin with the name of the model that was chosen."""
+    problems: list[Problem] = []
+    for found in error.errors(include_url=False):
+        pointer = _pointer(found["loc"][1:] if is_tagged else found["loc"])
+        # What is wrong with its items was said before: it counts those that are right.
+        if found["type"] != "too_short" or not any(each.pointer.startswith(f"{pointer}/") for each in problems):
+            problems.append(Problem(pointer, "invalid", _sentence(found)))
+    return problems
 
 
 def _sentence(found: ErrorDetails) -> str:

@@ -1,6 +1,7 @@
 """Laws of commands through the running service: accepted once, refused without a trace, forwarded to the owner."""
 
 import asyncio
+import json
 from typing import Any
 
 import httpx2
@@ -66,6 +67,7 @@ async def test_an_answer_goes_to_an_inbox_or_nowhere(driver: Driver) -> None:
         subject = ledger_command_subject(partition=partition, command="open_account", principal="tester")
         elsewhere = (f"ledger.v1.{token(partition)}.account.opened", "$JS.API.STREAM.PURGE.LEDGER", "_INBOX.x", "x")
         await driver.accepted(open_account("other", "usd"))
+        await driver.until("SELECT (SELECT count(*) FROM outbox) = (SELECT sum(number) FROM relayed)", True)
         before = (await driver.ledger_nats.jetstream().stream_info(LEDGER)).state.last_seq
         for reply in elsewhere:
             await driver.ledger_nats.publish(subject, command.model_dump_json().encode(), reply=reply)
@@ -279,3 +281,39 @@ async def test_a_statement_is_paged_with_its_running_balance(driver: Driver) -> 
         assert [entry["balance"] for entry in entries] == ["3", "4", "5", "6", "7", "8", "9", "10", "0"]
         assert [entry["kind"] for entry in entries[-2:]] == ["lot_granted", "wallet_opened"]
         assert (await http.get("/v1/statements/acme", params={"before": "nonsense"})).status_code == 422
+
+
+async def test_what_is_wrong_is_told_once_and_with_its_place(driver: Driver) -> None:
+    leg = {"unit": "usd", "at_least": "1"}
+    hold = {"account": "acme", "hold": new_hold_id("acme"), "legs": [{**leg, "at_most": None}]}
+    wrong: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+        "holds": ({**hold, "command": "place_hold"}, ("/legs/0/at_most",)),
+        "accounts": ({"command": "open_account"}, ("/account",)),
+        "lists": (
+            {"command": "list", "commands": [{**hold, "command": "place_hold", "idempotency_key": "k"}]},
+            ("/commands/0/legs/0/at_most",),
+        ),
+        "plans": (
+            {"command": "change_plan", "account": "acme", "plan": "p", "rules": [{}], "at_period_end": 1},
+            (*(f"/rules/0/{name}" for name in ("id", "unit", "amount", "period", "anchor")), "/at_period_end"),
+        ),
+        "transfers": (
+            {"command": "transfer", "account": "a", "to_account": "b", "unit": "usd", "amount": "1"},
+            ("",),
+        ),
+    }
+    async with driver.running() as http:
+        for route, (body, pointers) in wrong.items():
+            keyed = body if route == "lists" else {**body, "idempotency_key": "k"}
+            subject = ledger_command_subject(
+                partition=partition_of("acme"), command=body["command"], principal="tester"
+            )
+            reply = await driver.request(subject, json.dumps(keyed).encode(), words.REPLIES)
+            assert isinstance(reply, words.Failed), reply
+            headers = {} if route == "lists" else {"Idempotency-Key": "k"}
+            answer = (await http.post(f"/v1/{route}", json=body, headers=headers)).json()
+            assert tuple(problem["pointer"] for problem in answer["errors"]) == pointers
+            said = [": ".join(filter(None, (each["pointer"], each["detail"]))) for each in answer["errors"]]
+            # In the same words, whoever asks.
+            assert reply.message == "; ".join(said)
+            assert answer["detail"] == (said[0] if len(said) == 1 else f"the request has {len(said)} problems")

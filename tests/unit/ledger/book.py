@@ -276,7 +276,8 @@ class Book:
         """The tables as the journal alone has them, through its stored form."""
         state = PartitionState()
         for recorded in self.journal:
-            stored = None if recorded.details is None else msgspec.json.decode(recorded.details, type=Details)
+            details = recorded.columns[-1]
+            stored = None if details is None else msgspec.json.decode(details, type=Details)
             evolve(state, msgspec.structs.replace(recorded.entry, details=stored))
         return _keyed(changed_rows(PARTITION, state))
 
@@ -284,7 +285,7 @@ class Book:
         """What an audit finds in the journal."""
         laws = Laws(PARTITION, caps={unit.name for unit in self.units.by_name.values() if unit.kind == "cap"})
         for transaction, recorded in itertools.groupby(self.journal, key=lambda each: each.entry.transaction):
-            rows = [(*_row(each.entry), each.details) for each in recorded]
+            rows = [each.columns[1:] for each in recorded]
             told = laws.add(rows)
             if isinstance(told, Charged):
                 laws.check_lines(rows, self.charged.get(transaction, ()), required=told.required)
@@ -601,26 +602,6 @@ class Book:
             self.charged.setdefault(transaction, []).append(told)
         for key, back in self._noted.given_back:
             _add(self.lines[key].reversed, back)
-
-
-def _row(entry: Entry) -> tuple[object, ...]:
-    """An entry as an audit reads it, but for its details."""
-    return (
-        entry.batch,
-        entry.position,
-        entry.transaction,
-        entry.kind,
-        entry.account,
-        entry.unit,
-        entry.lot,
-        entry.lot_kind,
-        entry.hold,
-        entry.posted,
-        entry.held,
-        entry.frozen,
-        entry.occurred_at,
-        entry.recorded_at,
-    )
 
 
 def _content(command: ChargeLine) -> tuple[object, ...]:

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.ledger.domain.chain import GENESIS, columns_hash, entry_hash
-from services.ledger.domain.entries import Entry
+from services.ledger import tables
+from services.ledger.domain.chain import GENESIS, columns_hash, entry_columns
+from services.ledger.domain.entries import Entry, Noted
 from tests.unit.ledger.book import BEGIN, PARTITION
 
 ENTRY = Entry(
@@ -51,8 +52,10 @@ def test_a_time_counts_to_the_microsecond_and_not_by_its_zone() -> None:
 
 def test_the_form_is_what_it_was() -> None:
     """What is in a journal stays provable: whoever changes the form has to say so here."""
-    found = entry_hash(GENESIS, partition=PARTITION, entry=ENTRY, details='{"type":"noted"}')
-    assert found.hex() == "57037396e5ea1720e98b8123c08407d6c87a0fe06786657a03a4c7fc4b238d94"
+    assert (
+        _hash(msgspec.structs.replace(ENTRY, details=Noted())).hex()
+        == "57037396e5ea1720e98b8123c08407d6c87a0fe06786657a03a4c7fc4b238d94"
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,17 +75,23 @@ def test_the_form_is_what_it_was() -> None:
         {"posted": 5},
         {"held": 4},
         {"frozen": 1},
+        {"details": Noted("why")},
     ],
 )
 def test_every_column_enters_the_hash(change: dict[str, object]) -> None:
-    changed = msgspec.structs.replace(ENTRY, **change)
-    assert entry_hash(GENESIS, partition=PARTITION, entry=changed, details=None) != entry_hash(
-        GENESIS, partition=PARTITION, entry=ENTRY, details=None
-    )
+    assert _hash(msgspec.structs.replace(ENTRY, **change)) != _hash(ENTRY)
 
 
 def test_what_is_beside_the_entry_enters_the_hash() -> None:
-    same = entry_hash(GENESIS, partition=PARTITION, entry=ENTRY, details=None)
-    assert entry_hash(bytes([1] * 32), partition=PARTITION, entry=ENTRY, details=None) != same
-    assert entry_hash(GENESIS, partition=PARTITION + 1, entry=ENTRY, details=None) != same
-    assert entry_hash(GENESIS, partition=PARTITION, entry=ENTRY, details="") != same
+    assert _hash(ENTRY, previous=bytes([1] * 32)) != _hash(ENTRY)
+    assert _hash(ENTRY, partition=PARTITION + 1) != _hash(ENTRY)
+
+
+def test_the_columns_are_those_of_the_journal() -> None:
+    names = [column.name.removesuffix("_id") for column in tables.journal.columns]
+    found = dict(zip(names, (*entry_columns(ENTRY, partition=PARTITION), b"hash"), strict=True))
+    assert found == {**msgspec.structs.asdict(ENTRY), "partition": PARTITION, "hash": b"hash"}
+
+
+def _hash(entry: Entry, *, previous: bytes = GENESIS, partition: int = PARTITION) -> bytes:
+    return columns_hash(previous, entry_columns(entry, partition=partition))

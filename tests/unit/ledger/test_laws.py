@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from services.ledger.domain.chain import GENESIS, entry_hash
+from services.ledger.domain.chain import GENESIS, columns_hash, entry_columns
 from services.ledger.domain.commands import (
     Adjust,
     ClaimPayment,
@@ -77,7 +77,7 @@ class Laws(RuleBasedStateMachine):
         self.world.check_audit()
         previous = GENESIS
         for recorded in self.world.book.journal:
-            previous = entry_hash(previous, partition=PARTITION, entry=recorded.entry, details=recorded.details)
+            previous = columns_hash(previous, entry_columns(recorded.entry, partition=PARTITION))
             assert previous == recorded.hash
         assert self.world.book.head.chain_hash == previous
 
