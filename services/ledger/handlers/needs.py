@@ -145,8 +145,9 @@ def late_needs_of(
 ) -> Needs:
     """What charges of long ago may have been paid with. Only now it is known on which wallets they count.
 
-    And what `overdue_needs_of` says, and what comes with the lots of a line that is charged and given back at once, or of an estimate that is made
-    and taken back at once: which lots those will be is not known, so with all that are there.
+    And what `overdue_needs_of` says, and what comes with the lots of a line that is charged and given back at once, or
+    of an estimate that is made and taken back at once: which lots those will be is not known, so with all that are
+    there.
     """
     late = overdue_needs_of(items, owned, now=now, reached=reached)
     for partition, account in _undone_at_once(items):
