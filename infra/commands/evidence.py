@@ -225,7 +225,8 @@ def show_audited(console: Console, found: Audited, checked: Sequence[Checked], f
     _show_lines(console, [str(finding) for finding in found.findings])
     if found.found > len(found.findings):
         _show_lines(console, [f"and {found.found - len(found.findings)} more"])
-    said = "nothing is wrong" if found.is_clean else f"{found.found} things are wrong"
+    wrong = found.found + len(forged) + sum(check.breaches for check in checked)
+    said = f"{wrong} things are wrong" if wrong else "nothing is wrong"
     console.print(f"{found.entries} entries audited, {found.entries_per_second:.0f}/s: {said}", highlight=False)
 
 
