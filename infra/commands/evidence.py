@@ -21,6 +21,7 @@ from infra.commands.stack import stack_with
 from infra.errors import StackError
 from infra.interruption import interruptible
 from infra.provision import operator
+from infra.state import Layout
 from infra.supervisor import CATALOGUE_FILE, Stack
 from services.kit.catalogue import load_catalogue
 from services.ledger.audit import (
@@ -31,6 +32,7 @@ from services.ledger.audit import (
     audit,
     read_evidence,
     read_published,
+    unknown_signers,
     write_evidence,
 )
 from services.ledger.audit_sql import Checked
@@ -128,8 +130,10 @@ def audit_ledger(
                 found = audit(url, keys=keys, caps=caps, evidence=evidence, since_last=since_last, on_progress=tell)
         except ProcessEnded as error:
             raise StackError(f"Not all was audited, so nothing is known: {error}.") from error
+        strangers = [] if found.is_clean else unknown_signers(url, keys)
         checked = () if since_last else audit_tables(url)
     show_audited(console, found, checked, forged)
+    _show_unknown_signers(console, layout, strangers)
     if not found.is_clean or forged or any(check.breaches for check in checked):
         raise typer.Exit(1)
     audited = {**evidence.audited, **found.reached}
@@ -184,7 +188,9 @@ def import_record(file: File) -> None:
         show_manifest(console, manifest)
         _replay(stack, console, verify=False, swap=True)
         result = _replay(stack, console, verify=False, swap=False)
+        strangers = unknown_signers(stack.database_url(READER), read_public_keys(stack.layout.ledger_public_keys_file))
     show_replayed(console, result)
+    _show_unknown_signers(console, stack.layout, strangers)
     raise typer.Exit(0 if result.is_equal else 1)
 
 
@@ -225,7 +231,8 @@ def show_audited(console: Console, found: Audited, checked: Sequence[Checked], f
     _show_lines(console, [str(finding) for finding in found.findings])
     if found.found > len(found.findings):
         _show_lines(console, [f"and {found.found - len(found.findings)} more"])
-    said = "nothing is wrong" if found.is_clean else f"{found.found} things are wrong"
+    wrong = found.found + len(forged) + sum(check.breaches for check in checked)
+    said = f"{wrong} things are wrong" if wrong else "nothing is wrong"
     console.print(f"{found.entries} entries audited, {found.entries_per_second:.0f}/s: {said}", highlight=False)
 
 
@@ -236,6 +243,12 @@ def show_manifest(console: Console, manifest: Manifest) -> None:
         table.add_row(name, str(count))
     console.print(table)
     console.print(f"{len(manifest.heads)} partitions", highlight=False)
+
+
+def _show_unknown_signers(console: Console, layout: Layout, keys: Sequence[str]) -> None:
+    for key in keys:
+        said = f"It is signed by the key {key}, which is not in {layout.ledger_public_keys_file}: an audit needs it."
+        console.print(f"{said} The ledger that it comes from has it in its own.", highlight=False, soft_wrap=True)
 
 
 async def _published(stack: Stack, evidence: Evidence) -> tuple[Evidence, tuple[str, ...]]:

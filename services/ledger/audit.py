@@ -139,6 +139,13 @@ def audit(
     )
 
 
+def unknown_signers(url: SecretStr, keys: Collection[str]) -> list[str]:
+    """The ids of the keys by which the ledger is signed, and which are not among these: it came from elsewhere."""
+    with connect(url.get_secret_value()) as connection:
+        rows = connection.execute("SELECT DISTINCT key_id FROM signatures ORDER BY 1").fetchall()
+    return [str(row[0]) for row in rows if row[0] not in keys]
+
+
 # Outside the database -------------------------------------------------------------------------------------------------
 
 

@@ -35,17 +35,27 @@ class Deadlines:
         """Whether there may be any hold that ends at a time or before."""
         return bool(self._passed) or (bool(self._ahead) and self._ahead[0][0] <= at)
 
+    def may_be_more(self, at: datetime, holds: Mapping[str, "Hold"], *, than: int) -> bool:
+        """Whether more open holds than so many may end at a time or before: those not in memory are not known."""
+        if self.unread_from <= at:
+            return True
+        self._pass(at, holds)
+        return sum(map(len, self._passed.values())) > than
+
     def passed(self, account: str, at: datetime, holds: Mapping[str, "Hold"]) -> Iterator["Hold"]:
         """The open holds that hold something of an account's wallets, and end at a time or before."""
+        self._pass(at, holds)
+        for name in self._passed.get(account, ()):
+            hold = holds.get(name)
+            if hold is not None and hold.is_overdue(at) and _is_on(hold, account):
+                yield hold
+
+    def _pass(self, at: datetime, holds: Mapping[str, "Hold"]) -> None:
         while self._ahead and self._ahead[0][0] <= at:
             hold = holds.get(heappop(self._ahead)[1])
             if hold is not None and hold.is_overdue(at):
                 for earmark in hold.earmarks.values():
                     self._passed.setdefault(earmark.account, {})[hold.id] = None
-        for name in self._passed.get(account, ()):
-            hold = holds.get(name)
-            if hold is not None and hold.is_overdue(at) and _is_on(hold, account):
-                yield hold
 
     def forget(self, hold: "Hold") -> None:
         """A hold has ended for good."""

@@ -4,7 +4,6 @@ about wallets of which they hold something.
 
 from collections.abc import Iterable, Iterator
 from datetime import datetime
-from itertools import islice
 from typing import Final
 
 from contracts.accounts import path
@@ -26,10 +25,6 @@ from services.ledger.domain.state import NEVER, Hold, PartitionState
 _NAMING: Final = (ChargeLine, PlaceHold, ExtendHold, ReleaseHold, ResolveHold)
 
 
-# What one decision waits for of holds that it does not name. The sweeper is at the others.
-OVERDUE_HOLDS_MAX: Final = 200
-
-
 def hold_of(command: Command) -> str | None:
     """The hold that a command names."""
     return command.hold if isinstance(command, _NAMING) else None
@@ -45,11 +40,11 @@ def overdue(state: PartitionState, command: Command, at: datetime) -> Hold | Non
 def overdue_on(state: PartitionState, accounts: Iterable[str], at: datetime) -> list[Hold]:
     """The open holds past their deadline that hold something of the wallets of accounts, the longest overdue first.
 
-    With those of the paths of such holds, that all of them end in order. At most OVERDUE_HOLDS_MAX.
+    With those of the paths of such holds, that all of them end in order.
     """
     if not state.deadlines.are_passed(at):
         return []
-    return in_order(islice(_overdue_on(state, accounts, at), OVERDUE_HOLDS_MAX))
+    return in_order(_overdue_on(state, accounts, at))
 
 
 def _overdue_on(state: PartitionState, accounts: Iterable[str], at: datetime) -> Iterator[Hold]:

@@ -14,7 +14,7 @@ from services.kit.database import Writer
 from services.kit.outbox import OutboxRow
 from services.kit.telemetry import get_logger
 from services.ledger import store
-from services.ledger.domain.commands import Units
+from services.ledger.domain.commands import ResolveHold, Units
 from services.ledger.domain.draft import Draft
 from services.ledger.domain.state import PartitionState
 from services.ledger.handlers.bundles import take_bundle
@@ -39,11 +39,12 @@ from services.ledger.handlers.needs import (
     may_repeat,
     need_repeats,
     needs_of,
+    overdue_needs_of,
 )
 from services.ledger.handlers.work import Work
 from services.ledger.projections import add_rows
 from services.ledger.signing import Signer
-from services.ledger.store import HeadMoved, Loaded, Needs, Signature, Written
+from services.ledger.store import OVERDUE_READ_MAX, HeadMoved, Loaded, Needs, Signature, Written
 from services.ledger.translate import heads_signed_row
 
 log = get_logger(__name__)
@@ -51,6 +52,9 @@ log = get_logger(__name__)
 ACCOUNTS_KEPT_MAX: Final = 200_000
 HOLDS_KEPT_MAX: Final = 200_000
 _ATTEMPTS_MAX: Final = 5
+# Each command of a batch may be tried out after the end of each hold that is overdue. If that is more than this, the
+# holds are ended first.
+OVERDUE_TRIED_MAX: Final = 2_000
 # What says that something was done before: under this key, for this use, under this id.
 _REPEATED: Final = frozenset({"commands_pkey", "charge_lines_pkey", "holds_pkey"})
 
@@ -121,6 +125,7 @@ class Ledger:
         async with asyncio.timeout(BATCH_SECONDS_MAX):
             for _ in range(_ATTEMPTS_MAX):
                 try:
+                    await self._end_overdue(items)
                     return await self._attempt(items, decided, look_up=look_up)
                 except (HeadMoved, _InVain) as error:
                     log.warning("a batch was decided in vain, the heads are read again", reason=str(error))
@@ -131,6 +136,32 @@ class Ledger:
                     look_up = True
                     self._keys.be_wary(self._now())
         raise HeadMoved(f"the heads moved {_ATTEMPTS_MAX} times while a batch was decided")
+
+    async def _end_overdue(self, items: Sequence[Item]) -> None:
+        """End holds past their deadline, if there are more of them than are to be ended with what is decided.
+
+        In commits of their own, as if the sweeper had come: what was done of it stays, whatever becomes of the items.
+        """
+        commands = sum(len(item.commands) if isinstance(item, ListItem) else 1 for item in items)
+        most = max(1, min(OVERDUE_READ_MAX, OVERDUE_TRIED_MAX // commands))
+        while True:
+            at = self._now()
+            crowded = [
+                partition
+                for partition in {item.partition for item in items} & self._owned.keys()
+                if self._owned[partition].state.deadlines.may_be_more(at, self._owned[partition].state.holds, than=most)
+            ]
+            if not crowded:
+                return
+            async with self._deciding, self._committing, self._writer.transaction() as connection:
+                holds = await store.overdue_holds(connection, crowded, at, OVERDUE_READ_MAX)
+            if len(holds) < most:
+                return
+            await self._attempt(
+                [SweepItem(partition, ResolveHold(hold=hold, account=account)) for partition, hold, account in holds],
+                lambda: None,
+                look_up=False,
+            )
 
     async def _attempt(self, items: Sequence[Item], decided: Callable[[], None], *, look_up: bool) -> list[Result]:
         async with self._deciding:
@@ -170,6 +201,10 @@ class Ledger:
                     # Together: an account that is read again is read with the lots that it was given before.
                     loaded.add(await store.load(connection, late))
                     self._refresh(late, loaded)
+                    # It may have led to payments, and claims on them to other wallets.
+                    more = overdue_needs_of(items, self._owned, now=self._now(), reached=loaded.reached)
+                    loaded.add(await store.load(connection, more))
+                    self._refresh(more, loaded)
                 decision = await self._decide_all(items, needs, loaded)
                 await self._commit(connection, decision)
         return decision.results
@@ -276,6 +311,8 @@ class Ledger:
         work = works.get(item.partition)
         if work is None:
             draft = Draft(owned.head, owned.state, now=self._now())
+            if owned.state.deadlines.unread_from <= draft.recorded_at and not _ends_a_hold(item):
+                raise _InVain("more holds have come to their deadlines than were read")
             work = works[item.partition] = Work(
                 draft,
                 self._units,
@@ -296,3 +333,8 @@ class Ledger:
                 return take_bundle(work, item)
             case _:
                 assert_never(item)
+
+
+def _ends_a_hold(item: Item) -> bool:
+    """Whether all it needs to know of holds is one that it names."""
+    return isinstance(item, SweepItem) and isinstance(item.command, ResolveHold)

@@ -145,20 +145,14 @@ def late_needs_of(
 ) -> Needs:
     """What charges of long ago may have been paid with. Only now it is known on which wallets they count.
 
-    And the accounts of holds that will have ended before, on wallets concerned; `reached` are the accounts that claims
-    lead to.
-
-    And what comes with the lots of a line that is charged and given back at once, or of an estimate that is made
-    and taken back at once: which lots those will be is not known, so with all that are there.
+    And what `overdue_needs_of` says, and what comes with the lots of a line that is charged and given back at once, or
+    of an estimate that is made and taken back at once: which lots those will be is not known, so with all that are
+    there.
     """
-    late = Needs()
+    late = overdue_needs_of(items, owned, now=now, reached=reached)
     for partition, account in _undone_at_once(items):
         if (here := owned.get(partition)) is not None:
             _need_lots_of(late, partition, here.state, account)
-    for partition, accounts in _with_overdue(items, owned, reached, now):
-        state = owned[partition].state
-        for overdue in overdue_on(state, accounts, owned[partition].soon(now)):
-            _need_accounts(late, partition, state, path(overdue.account))
     since = now - LATE_GRACE
     for item in items:
         here = owned.get(item.partition)
@@ -181,6 +175,18 @@ def late_needs_of(
                     if _counts_there(here.state.accounts.get(account), line, units)
                 )
     return late
+
+
+def overdue_needs_of(
+    items: Iterable[Item], owned: Mapping[int, Owned], *, now: datetime, reached: Iterable[tuple[int, str]]
+) -> Needs:
+    """The accounts of holds that will have ended before, on wallets concerned, and of those `reached` by claims."""
+    needs = Needs()
+    for partition, accounts in _with_overdue(items, owned, reached, now):
+        state = owned[partition].state
+        for overdue in overdue_on(state, accounts, owned[partition].soon(now)):
+            _need_accounts(needs, partition, state, path(overdue.account))
+    return needs
 
 
 def _need(needs: Needs, partition: int, state: PartitionState, command: Command) -> None:

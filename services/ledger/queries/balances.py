@@ -80,9 +80,8 @@ async def read_balance_as_of(
         view.expiries = []
         view.holds = [
             HeldLotsView(hold=full_id("hold", past.partition, hold), held=format_amount(held, units.by_name[unit]))
-            for (hold, of_unit), held in sorted(holds.items())[:HOLDS_SHOWN_MAX]
-            if of_unit == unit
-        ]
+            for hold, held in sorted((hold, held) for (hold, of_unit), held in holds.items() if of_unit == unit)
+        ][:HOLDS_SHOWN_MAX]
         views.append(view)
     return BalanceView(account=account, opened_at=past.opened_at, as_of=as_of, wallets=views)
 

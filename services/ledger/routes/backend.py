@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Final
 
 from psycopg import AsyncConnection, OperationalError
@@ -63,6 +64,7 @@ def check(account: str) -> None:
         raise Problem(422, "invalid_account", str(error)) from error
 
 
-def not_open(account: str) -> Problem:
-    """Nobody opened the account."""
-    return Problem(404, "account_not_open", f"the account {account} is not open")
+def not_open(account: str, *, at: datetime | None = None) -> Problem:
+    """Nobody opened the account, or not by a time."""
+    when = "is not open" if at is None else f"was not open at {at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    return Problem(404, "account_not_open", f"the account {account} {when}")

@@ -74,7 +74,7 @@ async def _at_another_time(
             at = world_at.astimezone(UTC)
             found = await read_posted_at(connection, account, world_at=at, units=units, now=present)
     if found is None:
-        raise not_open(account)
+        raise not_open(account, at=as_of)
     return found
 
 

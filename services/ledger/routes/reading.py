@@ -151,9 +151,9 @@ def _account_routes(router: APIRouter, backend: Callable[[], Backend]) -> None:
         page = found[:limit]
         return AccountPage(accounts=page, next_after=page[-1].account if len(found) > limit else None)
 
-    @router.get("/v1/trees/{root}", responses=_answers())
+    @router.get("/v1/trees/{root:path}", responses=_answers())
     async def tree(root: str, limit: _TreeLimit = 100, after: _Prefix = "") -> TreePage:
-        """The accounts of a tree with their wallets, exact at the time of reading."""
+        """An account and all below it with their wallets, exact at the time of reading. A tree is all of its root."""
         check(root)
         async with snapshot(backend()) as connection:
             found = await read_tree(connection, root, after=after, limit=limit + 1, units=backend().units, now=now())

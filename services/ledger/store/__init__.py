@@ -4,10 +4,11 @@ from services.ledger.store.due import due_accounts, oldest_due, overdue_holds
 from services.ledger.store.executing import Connection, Row
 from services.ledger.store.heads import take_heads
 from services.ledger.store.loading import TooEntangled, load
-from services.ledger.store.needs import Loaded, Needs
+from services.ledger.store.needs import OVERDUE_READ_MAX, Loaded, Needs
 from services.ledger.store.writing import HeadMoved, Signature, Written, write
 
 __all__ = [
+    "OVERDUE_READ_MAX",
     "Connection",
     "HeadMoved",
     "Loaded",

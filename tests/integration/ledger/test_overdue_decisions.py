@@ -1,10 +1,13 @@
 """Laws of deciding: what overdue holds held is there for others at once, whether anybody swept or remembers them."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import uuid4
 
 import pytest
 from psycopg import AsyncConnection
@@ -16,9 +19,19 @@ from services.kit.clock import now
 from services.kit.database import Writer
 from services.kit.ids import new_hold_id
 from services.ledger import store
-from services.ledger.domain.commands import CatchUp, Grant, Leg, OpenAccount, PlaceHold, ResolveHold, Units, WalletTerms
+from services.ledger.domain.commands import (
+    CatchUp,
+    Command,
+    Grant,
+    Leg,
+    OpenAccount,
+    PlaceHold,
+    ResolveHold,
+    Units,
+    WalletTerms,
+)
 from services.ledger.domain.state import NEVER
-from services.ledger.handlers import CommandItem, Ledger, SweepItem
+from services.ledger.handlers import CommandItem, Ledger, Replied, SweepItem
 from services.ledger.replay import replay
 from services.ledger.store import Needs, loading
 from tests.builders import hold_leg, place_hold
@@ -76,6 +89,87 @@ async def admitted(driver: Driver) -> None:
 async def written(driver: Driver) -> dict[str, list[str]]:
     """All but who owns which partition: on a slow machine leases are lost and taken again."""
     return {table: rows for table, rows in (await driver.dump()).items() if table != "heads"}
+
+
+@pytest.mark.parametrize("is_remembered", [True, False])
+async def test_what_a_thousand_overdue_holds_held_is_there_at_once(
+    driver: Driver, database: Database, is_remembered: bool
+) -> None:
+    async with owning(database) as owner:
+        await owner.fund(holds=1_000)
+        if is_remembered:
+            await owner.hold_all(1_000)
+    if not is_remembered:
+        async with owning(database, hours=1) as owner:
+            await owner.hold_all(1_000)
+    assert await driver.rows("SELECT status, count(*) FROM holds GROUP BY 1 ORDER BY 1") == [
+        ("expired", 1_000),
+        ("placed", 1),
+    ]
+    assert replay(database.url("ledger_owner")).is_equal
+
+
+async def test_many_who_are_refused_do_not_each_wait_for_the_end_of_the_same_overdue_holds(
+    driver: Driver, database: Database
+) -> None:
+    async with owning(database) as owner:
+        await owner.fund(holds=200)
+        owner.clock += timedelta(hours=1)
+        # Each by itself: they would take longer than a batch may.
+        refused = await owner.ask(
+            *(PlaceHold(hold=hold_id(), account="acme", legs=(Leg("usd", 201, 201),)) for _ in range(500))
+        )
+    assert {(each["status"], each["remaining"]["amount"]) for each in refused} == {("refused", "200")}
+    assert await driver.rows("SELECT status, count(*) FROM holds GROUP BY 1") == [("expired", 200)]
+
+
+@dataclass
+class Owner:
+    """Who owns the partition, and its clock."""
+
+    ledger: Ledger
+    clock: datetime
+
+    async def ask(self, *commands: Command) -> list[dict[str, Any]]:
+        """Ask for commands in one batch."""
+        items = [
+            CommandItem(partition=PARTITION, principal="tester", key=str(uuid4()), body_hash=bytes(32), command=each)
+            for each in commands
+        ]
+        replied = await processed(self.ledger, items)
+        return [json.loads(each.body) for each in replied if isinstance(each, Replied)]
+
+    async def fund(self, *, holds: int) -> None:
+        """As many steps as there are holds of one each, by an account below."""
+        await self.ask(
+            OpenAccount(account="acme", wallets=(WalletTerms("usd"),)),
+            OpenAccount(account="acme/ana"),
+            Grant(account="acme", unit="usd", amount=holds),
+        )
+        await self.ask(*(PlaceHold(hold=hold_id(), account="acme/ana", legs=(Leg("usd", 1, 1),)) for _ in range(holds)))
+
+    async def hold_all(self, amount: int) -> None:
+        """An hour later that much is there, and not more."""
+        self.clock += timedelta(hours=1)
+        (refused,) = await self.ask(
+            PlaceHold(hold=hold_id(), account="acme", legs=(Leg("usd", amount + 1, amount + 1),))
+        )
+        assert (refused["status"], refused["remaining"]["amount"]) == ("refused", str(amount))
+        (accepted,) = await self.ask(PlaceHold(hold=hold_id(), account="acme", legs=(Leg("usd", amount, amount),)))
+        assert accepted["status"] == "accepted"
+
+
+@asynccontextmanager
+async def owning(database: Database, *, hours: int = 0) -> AsyncIterator[Owner]:
+    writer = Writer(database.url("ledger"), name="test")
+    units = Units({"usd": Unit("usd", "money", 0)})
+    ledger = Ledger(writer=writer, units=units, now=lambda: owner.clock, on_committed=lambda _: None)
+    owner = Owner(ledger, datetime(2026, 7, 1, 12, tzinfo=UTC) + timedelta(hours=hours))
+    await ledger.take_over({PARTITION: 1 + hours})
+    try:
+        yield owner
+    finally:
+        await writer.close()
 
 
 async def test_open_holds_are_read_by_their_deadlines_some_at_a_time(

@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from contracts.partition import partition_of
 from services.kit.database_setup import bootstrap, migrate
 from services.ledger import tables
-from services.ledger.audit import audit
+from services.ledger.audit import audit, unknown_signers
 from services.ledger.domain.commands import Grant
 from services.ledger.portability import RECORD, BadFile, InUse, NotEmpty, export_journal, import_journal
 from services.ledger.replay import replay
@@ -75,6 +75,16 @@ def test_another_ledger_ends_with_the_same_record_and_the_same_balances(
     assert manifest.rows["journal"] == len(dump(other)["journal"]) > 300
     assert replay(other.url("ledger_owner")).is_equal
     assert audit(other.url("ledger"), keys=KEYS, caps=CAPS, processes=1).is_clean
+
+
+def test_an_audit_of_what_was_imported_needs_the_key_of_the_ledger_it_comes_from(
+    other: Database, exported: Path
+) -> None:
+    import_journal(other.url("ledger_owner"), exported)
+    replay(other.url("ledger_owner"), swap=True)
+    assert not audit(other.url("ledger"), keys={}, caps=CAPS, processes=1).is_clean
+    assert unknown_signers(other.url("ledger"), {}) == list(KEYS)
+    assert unknown_signers(other.url("ledger"), KEYS) == []
 
 
 def test_what_comes_next_continues_the_chain(database: Database, other: Database, exported: Path) -> None:

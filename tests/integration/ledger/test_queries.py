@@ -247,6 +247,18 @@ async def test_the_past_is_what_was_recorded_then(hand: Hand, monkeypatch: pytes
     assert set(directions) == {True, False}
 
 
+async def test_of_each_wallet_of_the_past_as_many_holds_are_told(hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
+    await hand.write(opened(ROOT, "usd", "tokens"), granted(ROOT, "usd", A, 1000), granted(ROOT, "tokens", B, 1000))
+    for number, (unit, lot) in enumerate((("usd", A), ("usd", A), ("tokens", B), ("tokens", B))):
+        await hand.write(placed(uuid(50 + number), ROOT, unit, lot, 100))
+    monkeypatch.setattr(balances, "HOLDS_SHOWN_MAX", 2)
+    then = await known_as_of(hand, hand.head.recorded_at, ROOT)
+    assert [(each.unit, each.held, len(holds_of(each))) for each in then.wallets] == [
+        ("tokens", "200", 2),
+        ("usd", "2", 2),
+    ]
+
+
 def holds_of(view: WalletView) -> dict[str, str]:
     assert view.holds is not None
     return {hold.hold[-36:]: hold.held for hold in view.holds}
@@ -593,6 +605,9 @@ async def test_what_was_commanded_is_read_over_http_with_its_causes_and_shown_by
         (then,) = (await get("/v1/balances/acme", as_of=now["as_of"]))["wallets"]
         assert (then["posted"], then["policy"], then["holds"]) == ("7", None, [])
         assert [lot["posted"] for lot in then["lots"]] == ["7"]
+        before = await http.get("/v1/balances/acme", params={"as_of": "2026-01-01T09:00:00+09:00"})
+        assert before.status_code == 404
+        assert before.json()["detail"] == "the account acme was not open at 2026-01-01T00:00:00Z"
         world = await get("/v1/balances/acme", world_at=now["as_of"])
         assert world["wallets"] == [{"unit": "usd", "posted": "7"}]
 
@@ -618,6 +633,8 @@ async def test_what_was_commanded_is_read_over_http_with_its_causes_and_shown_by
         tree = await get("/v1/trees/acme", after=tree["next_after"])
         assert [(each["account"], each["wallets"]) for each in tree["accounts"]] == [("acme/key", [])]
         assert tree["next_after"] is None
+        branch = await get("/v1/trees/acme/key")
+        assert [each["account"] for each in branch["accounts"]] == ["acme/key"]
 
         now = await get("/v1/balances/acme")
         await get("/v1/holds", account="acme")
@@ -680,6 +697,7 @@ BAD_QUESTIONS = (
     ("/v1/totals/nobody", 404, "account_not_open"),
     ("/v1/trees/nobody", 404, "account_not_open"),
     ("/v1/trees/%25zz", 422, "invalid_account"),
+    ("/v1/trees/nobody/below", 404, "account_not_open"),
     ("/v1/exports/journal?account=nobody", 404, "account_not_open"),
     ("/v1/exports/journal?account=nobody&format=parquet", 404, "account_not_open"),
     ("/v1/exports/journal?account=acme&format=xlsx", 400, "unknown_format"),

@@ -1,0 +1,42 @@
+"""Laws of what is said of an audit: its last sentence is about all that was found, wherever it was found."""
+
+import io
+from collections.abc import Sequence
+
+import pytest
+from rich.console import Console
+
+from infra.commands.evidence import show_audited
+from services.ledger.audit import Audited
+from services.ledger.audit_partition import Finding
+from services.ledger.audit_sql import Checked
+
+FINDING = Finding(7, 3, 1, "its hash is another")
+
+
+@pytest.mark.parametrize(
+    ("findings", "checked", "forged", "said"),
+    [
+        ((), (), (), "nothing is wrong"),
+        ((), (Checked("a law", 0, ()),), (), "nothing is wrong"),
+        ((FINDING,), (), (), "1 things are wrong"),
+        ((), (Checked("a law", 2, ("row 1", "row 2")),), (), "2 things are wrong"),
+        ((), (), ("message 9 is not signed",), "1 things are wrong"),
+        ((FINDING,), (Checked("a law", 2, ("row 1",)),), ("message 9 is not signed",), "4 things are wrong"),
+    ],
+)
+def test_nothing_is_wrong_is_said_only_if_nothing_is(
+    findings: Sequence[Finding], checked: Sequence[Checked], forged: Sequence[str], said: str
+) -> None:
+    found = Audited(
+        entries=10,
+        lines=0,
+        signatures=1,
+        seconds=1.0,
+        found=len(findings),
+        findings=tuple(findings),
+        reached={},
+    )
+    shown = io.StringIO()
+    show_audited(Console(file=shown, width=200), found, checked, forged)
+    assert shown.getvalue().splitlines()[-1] == f"10 entries audited, 10/s: {said}"
