@@ -134,6 +134,8 @@ export class Scrip {
   /** Wait until everything is delivered, but not longer. @returns {Promise<boolean>} whether it is */
   async flush(ms = CLOSE_MS) {
     const deadline = Date.now() + ms;
+    // Metering may be there again: who waits does not wait out a pause that has grown to half a minute.
+    await this.#ask("hurry");
     while ((await this.#ask("left")) > 0) {
       if (Date.now() >= deadline) return false;
       await pause(LOOK_MS);

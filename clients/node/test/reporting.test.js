@@ -5,6 +5,7 @@ import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { test } from "node:test";
+import { setTimeout as pause } from "node:timers/promises";
 
 import { ClientClosed, InvalidEvent, NotDelivered, Scrip, SpoolFull } from "../src/index.js";
 import { Metering, serve } from "./stand_in.js";
@@ -107,6 +108,16 @@ test("what is left at the deadline stays, and the next process delivers it", asy
   assert.ok(await second.flush());
   assert.equal(await second.close(), 0);
   assert.equal(metering.taken.size, 3);
+});
+
+test("who closes does not wait out a pause between tries", async (t) => {
+  const { metering, server, options } = await world(t, Array(6).fill(AWAY));
+  const scrip = new Scrip(server.url, options);
+  await scrip.report(use("kept"));
+  while ((await scrip.status()).failures < 5) await pause(10);
+  // The next try would be more than a second away, and the one after that more than two.
+  assert.equal(await scrip.close(1_000), 0);
+  assert.ok(metering.taken.has("kept"));
 });
 
 test("a full spool says so, and takes events again once others are delivered", async (t) => {
