@@ -129,15 +129,25 @@ def test_a_cloud_event_may_be_reported_as_it_is(file: Path) -> None:
         {"subject": "acme", "type": "t", "data": {"x": "y" * 70_000}},
         {"subject": "acme", "type": "t", "data": {"x": "\ud800"}},
         {"subject": "acme", "type": "t", "time": datetime(2026, 1, 1)},  # noqa: DTZ001 - that is what is wrong
+        UsageEvent(account="acme", type="t", data=[1]),  # type: ignore[arg-type]
+        None,
+        "acme",
+        [],
     ],
 )
-def test_what_is_no_event_is_told_at_once(file: Path, event: dict[str, Any]) -> None:
+def test_what_is_no_event_is_told_at_once(file: Path, event: Any) -> None:
     metering = Metering()
     with scrip(metering, file) as client:
         with pytest.raises(InvalidEvent):
             client.report(event)
         assert client.status().waiting == 0
     assert metering.requests == []
+
+
+def test_a_durability_that_is_none_is_told_at_once(file: Path) -> None:
+    for spool in (file, None):
+        with pytest.raises(ValueError, match="durability"):
+            scrip(Metering(), spool, durability="dsk")
 
 
 def test_no_caller_waits_for_metering(file: Path) -> None:

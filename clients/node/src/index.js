@@ -54,6 +54,9 @@ export class Scrip {
   constructor(url, options) {
     const { source, token, spool, durability = "disk", ledgerUrl, ledgerToken = token, ledgerMs } = options;
     const { spoolBytesMax = SPOOL_BYTES_MAX, requestMs = 10_000, gzip = true } = options;
+    if (durability !== "disk" && durability !== "memory") {
+      throw new TypeError(`the durability is ${durability}; it is disk or memory`);
+    }
     if (spool === null && durability === "disk") {
       throw new TypeError('without a spool nothing is on disk: give it a file, or say durability: "memory"');
     }
