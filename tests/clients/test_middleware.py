@@ -278,6 +278,20 @@ def test_it_warns_at_80_percent_and_refuses_at_100(world: World) -> None:
     assert len(world.events()) == LIMIT
 
 
+def test_a_warning_that_fails_stops_nothing(world: World) -> None:
+    def broken(_: LimitWarning) -> None:
+        raise RuntimeError("broken")
+
+    call = world.serve(replace(RULES, on_warning=broken, warn_percent=0))
+    answer = call("/jobs/fine")
+    assert (answer.status_code, answer.json()) == (200, {"ok": True})
+    assert answer.headers["x-scrip-warning"] == "1% of 1 usd used, 20% of 5 calls used"
+    world.services.until_wallet(ACCOUNT, "calls", posted="4", held="0")
+    # So it is when somebody is refused.
+    call = world.serve(replace(RULES, on_warning=broken, warn_percent=0, estimate=lambda _: {"calls": 9}))
+    assert call("/jobs/fine").status_code == 429
+
+
 def test_money_that_is_short_is_402(world: World) -> None:
     call = world.serve(replace(RULES, estimate=lambda _: {"usd": "1.5"}))
     refused = call("/jobs/fine")

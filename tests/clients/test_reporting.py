@@ -129,15 +129,25 @@ def test_a_cloud_event_may_be_reported_as_it_is(file: Path) -> None:
         {"subject": "acme", "type": "t", "data": {"x": "y" * 70_000}},
         {"subject": "acme", "type": "t", "data": {"x": "\ud800"}},
         {"subject": "acme", "type": "t", "time": datetime(2026, 1, 1)},  # noqa: DTZ001 - that is what is wrong
+        UsageEvent(account="acme", type="t", data=[1]),  # type: ignore[arg-type]
+        None,
+        "acme",
+        [],
     ],
 )
-def test_what_is_no_event_is_told_at_once(file: Path, event: dict[str, Any]) -> None:
+def test_what_is_no_event_is_told_at_once(file: Path, event: Any) -> None:
     metering = Metering()
     with scrip(metering, file) as client:
         with pytest.raises(InvalidEvent):
             client.report(event)
         assert client.status().waiting == 0
     assert metering.requests == []
+
+
+def test_a_durability_that_is_none_is_told_at_once(file: Path) -> None:
+    for spool in (file, None):
+        with pytest.raises(ValueError, match="durability"):
+            scrip(Metering(), spool, durability="dsk")
 
 
 def test_no_caller_waits_for_metering(file: Path) -> None:
@@ -169,7 +179,7 @@ def test_what_is_accepted_on_disk_is_there_when_report_returns(file: Path) -> No
 
 def test_what_is_left_at_the_deadline_stays_and_the_next_process_delivers_it(file: Path) -> None:
     with patch.object(recorder, "retry_seconds", lambda *_, **__: 60.0):
-        first = scrip(Metering([refused_connection]), file)
+        first = scrip(Metering([refused_connection] * 10), file)
         ids = {first.record("acme", "t") for _ in range(5)}
         started = time.monotonic()
         assert first.close(0.2) == 5
@@ -405,6 +415,34 @@ def test_metering_is_left_alone_for_as_long_as_it_asks(file: Path) -> None:
         assert client.status().problem == "429 slow_down"
         assert client.flush(10) == 0
         assert time.monotonic() - started > 0.9
+
+
+def test_who_closes_does_not_wait_out_a_pause_between_tries(file: Path) -> None:
+    metering = Metering([refused_connection, lambda: problem(503, "stream_away")])
+    pauses = iter([60.0])
+    with patch.object(recorder, "retry_seconds", lambda *_, **__: next(pauses, 0.01)):
+        client = scrip(metering, file)
+        client.record("acme", "t", id="kept")
+        until(lambda: client.status().failures == 1)
+        started = time.monotonic()
+        assert client.close(5) == 0
+        assert time.monotonic() - started < 4
+    assert set(metering.taken) == {"kept"}
+
+
+def test_pauses_grow_anew_for_whoever_waits(file: Path) -> None:
+    metering = Metering([lambda: problem(503, "stream_away")] * 4)
+    asked: list[int] = []
+
+    def pause(failures: int, **_: float) -> float:
+        asked.append(failures)
+        return 0.001 if len(asked) < 3 else 60.0 if len(asked) == 3 else 0.001
+
+    with patch.object(recorder, "retry_seconds", pause), scrip(metering, file) as client:
+        client.record("acme", "t")
+        until(lambda: client.status().failures == 3)
+        assert client.flush(5) == 0
+    assert asked == [1, 2, 3, 1]
 
 
 FATES: Final[Sequence[Fate]] = (

@@ -17,7 +17,7 @@ const PARTITIONS = 64;
  * @property {string} type
  * @property {Record<string, any>} [data] a JSON object; of a use that was held for it names the `hold`
  * @property {string} [id]
- * @property {Date | string} [time]
+ * @property {Date | string | number} [time] a number is milliseconds, as of Date.now()
  * @property {Record<string, string | number | boolean>} [attributes] CloudEvents extension attributes
  */
 
@@ -30,14 +30,15 @@ const PARTITIONS = 64;
  * @throws {InvalidEvent}
  */
 export function encode(event, source) {
-  const { account, type, data = {}, id = newId(), time = new Date(), attributes = {} } = event;
+  if (typeof event !== "object" || event === null) throw new InvalidEvent("a usage event is an object");
+  const { account, type, data = {}, id = newId(), time, attributes = {} } = event;
   for (const [name, value] of Object.entries({ account, type, id })) {
-    if (typeof value !== "string" || value === "") throw new InvalidEvent(`a usage event has an ${name}`);
+    if (typeof value !== "string" || value === "") throw new InvalidEvent(`a usage event has a text as its ${name}`);
   }
   if (typeof data !== "object" || data === null || Array.isArray(data)) {
     throw new InvalidEvent("the data of a usage event is an object");
   }
-  const said = { ...attributes, specversion: "1.0", id, source, type, subject: account, time: timeText(time), data };
+  const said = { ...attributes, specversion: "1.0", id, source, type, subject: account, time: timeText(time ?? new Date()), data };
   let body;
   try {
     body = JSON.stringify(said, exact);
@@ -73,7 +74,7 @@ export function newHoldId(account) {
 function timeText(time) {
   const moment = time instanceof Date ? time : new Date(time);
   if (Number.isNaN(moment.getTime())) throw new InvalidEvent("the time of an event is a time");
-  return time instanceof Date ? moment.toISOString() : time;
+  return typeof time === "string" ? time : moment.toISOString();
 }
 
 function exact(_name, value) {

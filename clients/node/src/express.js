@@ -158,18 +158,26 @@ class Exchange {
       return writeHead.apply(res, details);
     };
     res.write = (chunk, ...details) => {
+      const more = write.call(res, chunk, ...details);
       this.#count(chunk, details[0]);
-      return write.call(res, chunk, ...details);
+      return more;
     };
     res.end = (...details) => {
-      if (this.#done) return end.apply(res, details);
+      // What cannot be written is refused where it was said.
+      if (this.#done || !isWritable(details[0])) return end.apply(res, details);
       this.#done = true;
       if (details[0] && typeof details[0] !== "function") this.#count(details[0], details[1]);
-      this.#settle("completed").then((recorded) => {
-        if (recorded || res.headersSent) return end.apply(res, details);
-        for (const name of res.getHeaderNames()) res.removeHeader(name);
-        return answer(res, notRecorded(this.#admission.id));
-      });
+      this.#settle("completed")
+        .then((recorded) => {
+          if (recorded || res.headersSent) return end.apply(res, details);
+          for (const name of res.getHeaderNames()) res.removeHeader(name);
+          return answer(res, notRecorded(this.#admission.id));
+        })
+        .catch((error) => {
+          // Nobody is left to be told but the client, whose connection ends.
+          process.emitWarning(`an answer was not sent: ${error.message}`, "ScripWarning");
+          res.destroy();
+        });
       return res;
     };
     res.once("close", () => {
@@ -224,7 +232,7 @@ class Exchange {
       const remaining = remainingAfter(hold, this.#released);
       const { told, warnings } = limitHeaders(remaining, this.#wallets, this.#rules.warnPercent, Date.now());
       Object.assign(headers, told);
-      for (const warning of warnings) this.#rules.onWarning?.(warning);
+      warn(this.#rules, warnings);
     }
     for (const [name, value] of Object.entries(headers)) this.#res.setHeader(name, value);
   }
@@ -263,6 +271,22 @@ class Limits {
     if (this.#found.size > ACCOUNTS_REMEMBERED_MAX) this.#found.delete(this.#found.keys().next().value);
     return wallets;
   }
+}
+
+function warn(rules, warnings) {
+  for (const warning of warnings) {
+    try {
+      rules.onWarning?.(warning);
+    } catch (error) {
+      // Somebody else's code, and no reason to answer nobody.
+      process.emitWarning(error);
+    }
+  }
+}
+
+/** Whether it is what an answer may end with: a chunk, a callback, or nothing. */
+function isWritable(chunk) {
+  return chunk == null || typeof chunk === "string" || typeof chunk === "function" || chunk instanceof Uint8Array;
 }
 
 function release(scrip, { holdId, account }) {
@@ -344,7 +368,7 @@ export function refusal(refused, wallets, rules, now = Date.now()) {
     const each = [{ account: limitSource, ...remaining }];
     const { told, warnings } = limitHeaders(each, wallets, rules.warnPercent, now);
     Object.assign(headers, told);
-    for (const warning of warnings) rules.onWarning?.(warning);
+    warn(rules, warnings);
   }
   if (isCap && wallet.renewsAt !== null) {
     headers["Retry-After"] = String(Math.max(Math.floor((wallet.renewsAt.getTime() - now) / 1000), 1));

@@ -54,6 +54,9 @@ export class Scrip {
   constructor(url, options) {
     const { source, token, spool, durability = "disk", ledgerUrl, ledgerToken = token, ledgerMs } = options;
     const { spoolBytesMax = SPOOL_BYTES_MAX, requestMs = 10_000, gzip = true } = options;
+    if (durability !== "disk" && durability !== "memory") {
+      throw new TypeError(`the durability is ${durability}; it is disk or memory`);
+    }
     if (spool === null && durability === "disk") {
       throw new TypeError('without a spool nothing is on disk: give it a file, or say durability: "memory"');
     }
@@ -134,6 +137,8 @@ export class Scrip {
   /** Wait until everything is delivered, but not longer. @returns {Promise<boolean>} whether it is */
   async flush(ms = CLOSE_MS) {
     const deadline = Date.now() + ms;
+    // Metering may be there again: who waits does not wait out a pause that has grown to half a minute.
+    await this.#ask("hurry");
     while ((await this.#ask("left")) > 0) {
       if (Date.now() >= deadline) return false;
       await pause(LOOK_MS);

@@ -35,7 +35,10 @@ let failures = 0;
 let problem = null;
 let stopped = false;
 let writing = false;
+let pauses = 0;
+let notBefore = 0;
 let wake = () => {};
+let hurry = () => {};
 
 const work = {
   accept({ number, body }) {
@@ -59,6 +62,10 @@ const work = {
 
 const asked = {
   status: () => ({ ...spool.counts(), buffered: queue.length, failures, problem }),
+  hurry() {
+    pauses = 0;
+    hurry();
+  },
   left: () => queue.length + (spool.hasWaiting() ? 1 : 0),
   refused: (limit, after) => spool.refused(limit, after),
   discard: (numbers) => spool.discard(numbers),
@@ -109,6 +116,9 @@ async function deliverForEver() {
     const woken = new Promise((resolve) => {
       wake = resolve;
     });
+    const hurried = new Promise((resolve) => {
+      hurry = resolve;
+    });
     let ms;
     try {
       ms = await deliver();
@@ -116,7 +126,11 @@ async function deliverForEver() {
       ms = failed({ why: `the spool cannot be read: ${error.message}`, ms: 0 });
     }
     if (ms === null) await Promise.race([woken, pause(IDLE_MS)]);
-    else await pause(ms);
+    else {
+      // Cut short for who waits until all is delivered, but not below what metering asked for.
+      await Promise.race([hurried, pause(ms)]);
+      await pause(Math.max(notBefore - performance.now(), 0));
+    }
   }
 }
 
@@ -143,6 +157,7 @@ async function deliverBatch(waiting) {
     case "delivered":
       spool.remove(waiting.map(({ number }) => number));
       failures = 0;
+      pauses = 0;
       problem = null;
       batchEventsMax = Math.min(batchEventsMax * 2, BATCH_EVENTS_MAX);
       return null;
@@ -205,6 +220,8 @@ function setApart(problems, waiting) {
 
 function failed({ why, ms }) {
   failures += 1;
+  pauses += 1;
   problem = why;
-  return retryMs(failures, ms, Math.random());
+  notBefore = performance.now() + ms;
+  return retryMs(pauses, ms, Math.random());
 }

@@ -35,6 +35,10 @@ function work(req, res) {
       return undefined;
     case "hang":
       return undefined;
+    case "number":
+      return res.end(5);
+    case "too-long":
+      return res.writeHead(200, { "content-length": 1 }).end("longer");
     case "thrown":
       throw new Error("broken");
     default:
@@ -196,6 +200,26 @@ test("it warns at 80 percent, and refuses with 429 at 100", async (t) => {
   });
   assert.deepEqual(warnings, [80, 100, 100]);
   assert.equal((await call("/jobs/fine", "nobody")).status, 403);
+});
+
+test("a warning that fails stops nothing", async (t) => {
+  const onWarning = () => {
+    throw new Error("broken");
+  };
+  const { metering, call } = await world(t, { onWarning, warnPercent: 0 }, { calls: 1 });
+  const answer = await call("/jobs/fine");
+  assert.deepEqual([answer.status, await answer.text()], [200, '{"ok":true}']);
+  assert.equal(answer.headers.get("x-scrip-warning"), "100% of 1 calls used");
+  await until(() => metering.taken.size === 1);
+  assert.equal((await call("/jobs/fine")).status, 429);
+});
+
+test("an answer that cannot be written is the application's error, or ends the connection, and nothing else", async (t) => {
+  const { ledger, call } = await world(t);
+  assert.equal((await call("/jobs/number")).status, 500);
+  await until(() => ledger.released.length === 1);
+  await call("/jobs/too-long").catch(() => {});
+  assert.equal((await call("/jobs/fine")).status, 200);
 });
 
 test("nothing is served while the ledger is away, unless that is wanted", async (t) => {

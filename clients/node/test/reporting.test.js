@@ -5,6 +5,7 @@ import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { test } from "node:test";
+import { setTimeout as pause } from "node:timers/promises";
 
 import { ClientClosed, InvalidEvent, NotDelivered, Scrip, SpoolFull } from "../src/index.js";
 import { Metering, serve } from "./stand_in.js";
@@ -70,9 +71,34 @@ test("what is no event is told at once", async (t) => {
     { ...use("x"), data: { x: 1n } },
     { ...use("x"), data: { x: "y".repeat(70_000) } },
     { ...use("x"), time: "soon" },
+    { ...use("x"), time: Number.NaN },
+    undefined,
+    null,
+    "acme",
   ];
   for (const event of wrong) await assert.rejects(scrip.report(event), InvalidEvent);
   assert.equal(await scrip.close(), 0);
+});
+
+test("a time may be a Date, a text, or what Date.now() says; without one it is now", async (t) => {
+  const { metering, server, options } = await world(t);
+  const scrip = new Scrip(server.url, options);
+  const time = 1_780_000_000_123;
+  for (const [id, said] of Object.entries({ date: new Date(time), text: "2026-05-28T20:26:40.123Z", number: time })) {
+    await scrip.report({ ...use(id), time: said });
+  }
+  const before = Date.now();
+  await scrip.report({ ...use("none"), time: null });
+  assert.equal(await scrip.close(), 0);
+  for (const id of ["date", "text", "number"]) assert.equal(metering.taken.get(id).time, "2026-05-28T20:26:40.123Z");
+  assert.ok(Date.parse(metering.taken.get("none").time) >= before);
+});
+
+test("a durability that is none is told at once, not taken for less than was meant", async (t) => {
+  const { server, options } = await world(t);
+  for (const spool of [options.spool, null]) {
+    assert.throws(() => new Scrip(server.url, { ...options, spool, durability: "dsk" }), /durability/);
+  }
 });
 
 test("whatever is answered, every accepted event arrives or is set apart", async (t) => {
@@ -107,6 +133,16 @@ test("what is left at the deadline stays, and the next process delivers it", asy
   assert.ok(await second.flush());
   assert.equal(await second.close(), 0);
   assert.equal(metering.taken.size, 3);
+});
+
+test("who closes does not wait out a pause between tries", async (t) => {
+  const { metering, server, options } = await world(t, Array(6).fill(AWAY));
+  const scrip = new Scrip(server.url, options);
+  await scrip.report(use("kept"));
+  while ((await scrip.status()).failures < 5) await pause(10);
+  // The next try would be more than a second away, and the one after that more than two.
+  assert.equal(await scrip.close(1_000), 0);
+  assert.ok(metering.taken.has("kept"));
 });
 
 test("a full spool says so, and takes events again once others are delivered", async (t) => {

@@ -17,6 +17,7 @@ from services.metering.queries.meters import ROWS_MAX, TooManyRows, ask_meter, l
 from services.metering.routes.archive import ARCHIVED, of_whole_log
 from services.metering.routes.backend import Backend, asking
 from services.metering.routes.meters import UNKNOWN_METER, needed_meter
+from services.metering.routes.parameters import check_parameters
 from services.metering.translate.meters import (
     InvalidQuestion,
     MeterAnswer,
@@ -116,12 +117,14 @@ def meter_queries_router(backend: Callable[[], Backend]) -> APIRouter:
             raise _invalid(error.problems, place="query") from error
         return await _answer(backend(), id_or_slug, body, request=request, place="query")
 
-    @router.post("/api/v1/meters/{id_or_slug}/query", responses=_ANSWERS)
+    checked = [Depends(check_parameters)]
+
+    @router.post("/api/v1/meters/{id_or_slug}/query", responses=_ANSWERS, dependencies=checked)
     async def query_meter_by_body(id_or_slug: str, request: Request, body: MeterQueryBody | None = None) -> Response:
         """The same question as a body."""
         return await _answer(backend(), id_or_slug, body or MeterQueryBody(), request=request, place="body")
 
-    @router.get("/api/v1/meters/{id_or_slug}/subjects", responses=_ANSWERS_OF_TEXTS)
+    @router.get("/api/v1/meters/{id_or_slug}/subjects", responses=_ANSWERS_OF_TEXTS, dependencies=checked)
     async def subjects(
         id_or_slug: str,
         since: Annotated[str | None, Query(alias="from", description="RFC 3339; included")] = None,
@@ -130,7 +133,9 @@ def meter_queries_router(backend: Callable[[], Backend]) -> APIRouter:
         """The subjects that a meter has events of, in order."""
         return await _values(backend(), id_or_slug, SUBJECT, since=since, until=until)
 
-    @router.get("/api/v1/meters/{id_or_slug}/group-by/{group}/values", responses=_ANSWERS_OF_TEXTS)
+    @router.get(
+        "/api/v1/meters/{id_or_slug}/group-by/{group}/values", responses=_ANSWERS_OF_TEXTS, dependencies=checked
+    )
     async def group_values(
         id_or_slug: str,
         group: str,

@@ -58,7 +58,7 @@ async def test_more_than_one_bundle_may_have_waited(
     driver: Driver, writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And more than one transaction takes; the one that dies in between leaves the rest to the repeat."""
-    monkeypatch.setattr(handlers, "SET_ASIDE_ROWS_MAX", 1_200)
+    monkeypatch.setattr(handlers.waiting, "SET_ASIDE_ROWS_MAX", 1_200)
     book, fact = price_book(), account_opened("late")
     await handlers.ingest(
         batch_of((event(number, subject="late") for number in range(3_000)), price_book=book),

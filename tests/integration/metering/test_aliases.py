@@ -242,7 +242,7 @@ async def test_whoever_dies_in_between_leaves_the_rest_to_the_next(
     driver: Driver, database: Database, writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between two transactions of a mapping; after the stream has what is sent on, before that is noted; and so on."""
-    monkeypatch.setattr(handlers, "MAPPED_ROWS_MAX", 40)
+    monkeypatch.setattr(handlers.aliases, "MAPPED_ROWS_MAX", 40)
     monkeypatch.setattr(engine, "REROUTE_ROWS_MAX", 30)
     subjects = {"nearby": NEARBY, "elsewhere": ELSEWHERE, "might-be-an-account": "customer-7"}
     numbers = dict(zip(subjects.values(), (range(0, 100), range(100, 200), range(200, 300)), strict=True))

@@ -257,7 +257,7 @@ async def test_dying_between_two_chunks_leaves_the_rest_to_the_next_sweep(
     driver: Driver, writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of another process: the version is long known when it starts."""
-    monkeypatch.setattr(handlers, "SET_ASIDE_ROWS_MAX", 200)
+    monkeypatch.setattr(handlers.waiting, "SET_ASIDE_ROWS_MAX", 200)
     async with driver.running() as http:
         await open_all(driver)
         await driver.publish(event(number, subject="acme-1", data_model="gpt-new") for number in range(500))

@@ -96,7 +96,9 @@ async def http(driver: Driver) -> AsyncIterator[httpx2.AsyncClient]:
 
 
 async def ask(http: httpx2.AsyncClient, what: str, **query: Any) -> httpx2.Response:
-    values = {"account": "acme", "from": SINCE.isoformat(), "to": UNTIL.isoformat()} | query
+    # A summary is of a month.
+    times = {} if what == "summary" else {"from": SINCE.isoformat(), "to": UNTIL.isoformat()}
+    values = {"account": "acme"} | times | query
     text = urlencode(
         {name: str(value).lower() if isinstance(value, bool) else value for name, value in values.items() if value}
     )

@@ -3,6 +3,7 @@
 Only computes; `asgi` and `flask` ask the ledger and report.
 """
 
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -17,6 +18,8 @@ from scrip_client.amounts import Amount, Number
 from scrip_client.errors import AccountNotOpen, InsufficientFunds, Refused
 from scrip_client.events import UsageEvent, new_id
 from scrip_client.ledger import Hold, Leg, Overdue, Remaining, Wallet
+
+log = logging.getLogger("scrip_client")
 
 REQUEST_SERVED: Final = "request.served"
 PROBLEM: Final = "application/problem+json"
@@ -133,6 +136,16 @@ class Rules:
         if callable(self.routes):
             return self.routes(request)
         return any(_is_under(request.path, prefix) for prefix in self.routes)
+
+    def warn(self, warnings: Sequence[LimitWarning]) -> None:
+        """Tell whoever wants to know."""
+        for warning in warnings:
+            try:
+                if self.on_warning is not None:
+                    self.on_warning(warning)
+            except Exception:
+                # Somebody else's code, and no reason to answer nobody.
+                log.exception("on_warning failed")
 
 
 def legs(estimate: Estimate) -> Sequence[Leg]:

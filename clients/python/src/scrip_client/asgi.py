@@ -16,7 +16,6 @@ from scrip_client.admission import (
     Headers,
     IncomingRequest,
     Limits,
-    LimitWarning,
     Problem,
     Rules,
     Served,
@@ -106,7 +105,7 @@ class ScripMiddleware:
         except Refused as refused:
             wallets = await self._wallets(refused.limit_source)
             problem, warnings = refusal(refused, wallets=wallets, rules=rules)
-            self._warn(warnings)
+            rules.warn(warnings)
             return problem
         except (Away, RequestRejected) as error:
             log.error("a hold cannot be placed: %s", error)
@@ -128,7 +127,7 @@ class ScripMiddleware:
             account: await self._wallets(account) for account in {each.account for each in remaining}
         }
         more, warnings = limit_headers(remaining, limits, warn_percent=self._rules.warn_percent, now=datetime.now(UTC))
-        self._warn(warnings)
+        self._rules.warn(warnings)
         return found + more
 
     async def settle(self, request: IncomingRequest, admission: Admission, how: Served) -> bool:
@@ -177,11 +176,6 @@ class ScripMiddleware:
                 known = ()
             self._limits.remember(account, known)
         return known
-
-    def _warn(self, warnings: Sequence[LimitWarning]) -> None:
-        if self._rules.on_warning is not None:
-            for warning in warnings:
-                self._rules.on_warning(warning)
 
 
 @dataclass(slots=True)

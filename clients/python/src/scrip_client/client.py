@@ -55,6 +55,8 @@ class _Reporting:
         a crash loses what was not written yet, some milliseconds; nothing else does.
         `ledger_url` is the ledger's, if it is to be asked; it has `ledger_token`, or the same.
         """
+        if durability not in ("disk", "memory"):
+            raise ValueError(f"the durability is {durability!r}; it is disk or memory")
         if spool is None and durability == "disk":
             raise ValueError('without a spool nothing is on disk: give it a file, or say durability="memory"')
         if httpx2.URL(url).scheme not in ("http", "https"):

@@ -49,6 +49,8 @@ def model_used(
 
 def encode(event: UsageEvent | Mapping[str, Any], *, source: str) -> tuple[str, bytes]:
     """The id and the JSON of an event, with what it lacks filled in. A mapping is a CloudEvent. Raises InvalidEvent."""
+    if not isinstance(event, UsageEvent | Mapping):
+        raise InvalidEvent(f"a usage event is a UsageEvent or a mapping, not {type(event).__name__}")
     cloud_event = _cloud_event(event) if isinstance(event, UsageEvent) else dict(event)
     cloud_event.setdefault("specversion", "1.0")
     cloud_event.setdefault("source", source)
@@ -60,9 +62,12 @@ def encode(event: UsageEvent | Mapping[str, Any], *, source: str) -> tuple[str, 
         cloud_event["time"] = _time_text(cloud_event["time"])
     for name in _REQUIRED:
         if not isinstance(cloud_event.get(name), str) or not cloud_event[name]:
-            raise InvalidEvent(f"a usage event has a {'subject, its account' if name == 'subject' else name}")
-    if not isinstance(cloud_event.get("data", {}), Mapping):
-        raise InvalidEvent("the data of a usage event is an object")
+            what = "subject, the account" if name == "subject" else name
+            raise InvalidEvent(f"a usage event has a text as its {what}")
+    if "data" in cloud_event:
+        if not isinstance(cloud_event["data"], Mapping):
+            raise InvalidEvent("the data of a usage event is an object")
+        cloud_event["data"] = dict(cloud_event["data"])
     try:
         body = json.dumps(cloud_event, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
     except (TypeError, ValueError, RecursionError) as error:
@@ -90,7 +95,7 @@ def _cloud_event(event: UsageEvent) -> dict[str, Any]:
         "type": event.type,
         "subject": event.account,
         "time": event.time,
-        "data": dict(event.data),
+        "data": event.data,
     }
 
 

@@ -15,7 +15,6 @@ from scrip_client.admission import (
     Headers,
     IncomingRequest,
     Limits,
-    LimitWarning,
     Problem,
     Rules,
     Served,
@@ -114,7 +113,7 @@ class ScripFlask:
         except Refused as refused:
             wallets = self._wallets(refused.limit_source)
             problem, warnings = refusal(refused, wallets=wallets, rules=rules)
-            self._warn(warnings)
+            rules.warn(warnings)
             return problem
         except (Away, RequestRejected) as error:
             log.error("a hold cannot be placed: %s", error)
@@ -156,7 +155,7 @@ class ScripFlask:
         remaining = remaining_after(admission.hold, released=admission.released)
         limits = {account: self._wallets(account) for account in {each.account for each in remaining}}
         more, warnings = limit_headers(remaining, limits, warn_percent=self._rules.warn_percent, now=datetime.now(UTC))
-        self._warn(warnings)
+        self._rules.warn(warnings)
         return found + more
 
     def _wallets(self, account: str | None) -> Sequence[Wallet]:
@@ -172,11 +171,6 @@ class ScripFlask:
                 known = ()
             self._limits.remember(account, known)
         return known
-
-    def _warn(self, warnings: Sequence[LimitWarning]) -> None:
-        if self._rules.on_warning is not None:
-            for warning in warnings:
-                self._rules.on_warning(warning)
 
 
 def _incoming() -> IncomingRequest:

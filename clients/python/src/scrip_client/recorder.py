@@ -94,6 +94,9 @@ class Recorder:
         self._closing = False
         self._waiting = threading.Event()
         self._stopped = threading.Event()
+        self._hurried = threading.Event()
+        self._pauses = 0
+        self._not_before = 0.0
         self._batch_bytes_max = BATCH_BYTES_MAX
         self._batch_events_max = BATCH_EVENTS_MAX
         self._gzip = settings.gzip
@@ -157,6 +160,9 @@ class Recorder:
     def flush(self, seconds: float) -> int:
         """Wait until everything is delivered, but not longer. How many events are left."""
         deadline = time.monotonic() + seconds
+        # Metering may be there again: who waits does not wait out a pause that has grown to half a minute.
+        self._pauses = 0
+        self._hurried.set()
         while self._buffered() or self._spool.has_waiting():
             if time.monotonic() >= deadline:
                 return self._spool.counts().waiting + self._buffered()
@@ -177,6 +183,7 @@ class Recorder:
         atexit.unregister(self._flush_at_exit)
         self.flush(seconds)
         self._stopped.set()
+        self._hurried.set()
         self._waiting.set()
         with self._changed:
             self._changed.notify_all()
@@ -290,7 +297,13 @@ class Recorder:
                 if pause is None:
                     self._waiting.wait(IDLE_SECONDS)
                 else:
-                    self._stopped.wait(pause)
+                    self._rest(pause)
+
+    def _rest(self, pause: float) -> None:
+        """Between two tries: cut short for who waits until all is delivered, but not below what metering asked for."""
+        self._hurried.wait(pause)
+        self._hurried.clear()
+        self._stopped.wait(max(self._not_before - time.monotonic(), 0.0))
 
     def _deliver(self, http: httpx2.Client) -> float | None:
         """Send what waits. How long to wait before the next try; None: nothing waits."""
@@ -367,12 +380,15 @@ class Recorder:
         if self._failures:
             log.warning("metering takes events again, after %d failures", self._failures)
         self._failures = 0
+        self._pauses = 0
         self._problem = None
         self._batch_events_max = min(self._batch_events_max * 2, BATCH_EVENTS_MAX)
 
     def _failed(self, later: Later) -> float:
         self._failures += 1
+        self._pauses += 1
         self._problem = later.why
+        self._not_before = time.monotonic() + later.seconds
         if self._failures == 1:
             log.warning("events cannot be delivered, they wait: %s", later.why)
-        return retry_seconds(self._failures, at_least=later.seconds, chance=random.random())
+        return retry_seconds(self._pauses, at_least=later.seconds, chance=random.random())
