@@ -63,9 +63,7 @@ def overdue_before(work: Work, accounts: Iterable[str], commands: Iterable[Comma
     found = overdue_on(state, accounts, at)
     if not found:
         return named if len(named) < 2 else in_order(named)
-    # Another account that it holds something of may not be in memory, if there were too many to read.
-    there = (hold for hold in found if all(each.account in state.accounts for each in hold.earmarks.values()))
-    return in_order((*named, *there))
+    return in_order((*named, *found))
 
 
 def catch_up(work: Work, accounts: Sequence[str], overdue_holds: Sequence[Hold] = ()) -> list[Move]:
