@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
@@ -37,7 +37,7 @@ from services.ledger.store import Needs, loading
 from tests.builders import hold_leg, place_hold
 from tests.conftest import Database
 from tests.integration.ledger.driving import Driver, processed
-from tests.unit.ledger.book import hold_id
+from tests.unit.ledger.book import hold_id, line
 
 pytestmark = pytest.mark.anyio
 
@@ -123,12 +123,29 @@ async def test_many_who_are_refused_do_not_each_wait_for_the_end_of_the_same_ove
     assert await driver.rows("SELECT status, count(*) FROM holds GROUP BY 1") == [("expired", 200)]
 
 
+async def test_holds_that_come_to_their_deadline_while_others_are_looked_for_are_not_missed(
+    driver: Driver, database: Database
+) -> None:
+    async with owning(database) as owner:
+        await owner.fund(holds=800)
+    async with owning(database, hours=1) as owner:
+        owner.earlier = [BEGIN]
+        # What is refused is asked again; what is charged is not.
+        (charged,) = await owner.ask(line("acme", ("usd", 800), at=owner.clock))
+    assert charged["status"] == "accepted"
+    assert await driver.rows("SELECT posted, held FROM lots") == [(0, 0)]
+
+
+BEGIN = datetime(2026, 7, 1, 12, tzinfo=UTC)
+
+
 @dataclass
 class Owner:
-    """Who owns the partition, and its clock."""
+    """Who owns the partition, and its clock. `earlier`: what it shows before."""
 
     ledger: Ledger
     clock: datetime
+    earlier: list[datetime] = field(default_factory=list)
 
     async def ask(self, *commands: Command) -> list[dict[str, Any]]:
         """Ask for commands in one batch."""
@@ -140,13 +157,18 @@ class Owner:
         return [json.loads(each.body) for each in replied if isinstance(each, Replied)]
 
     async def fund(self, *, holds: int) -> None:
-        """As many steps as there are holds of one each, by an account below."""
+        """As many steps as there are holds of one each, by an account below: some hundreds."""
         await self.ask(
             OpenAccount(account="acme", wallets=(WalletTerms("usd"),)),
             OpenAccount(account="acme/ana"),
             Grant(account="acme", unit="usd", amount=holds),
         )
-        await self.ask(*(PlaceHold(hold=hold_id(), account="acme/ana", legs=(Leg("usd", 1, 1),)) for _ in range(holds)))
+        for _ in range(0, holds, 200):
+            # Those that end at the same time are read together.
+            self.clock += timedelta(seconds=1)
+            await self.ask(
+                *(PlaceHold(hold=hold_id(), account="acme/ana", legs=(Leg("usd", 1, 1),)) for _ in range(200))
+            )
 
     async def hold_all(self, amount: int) -> None:
         """An hour later that much is there, and not more."""
@@ -163,8 +185,13 @@ class Owner:
 async def owning(database: Database, *, hours: int = 0) -> AsyncIterator[Owner]:
     writer = Writer(database.url("ledger"), name="test")
     units = Units({"usd": Unit("usd", "money", 0)})
-    ledger = Ledger(writer=writer, units=units, now=lambda: owner.clock, on_committed=lambda _: None)
-    owner = Owner(ledger, datetime(2026, 7, 1, 12, tzinfo=UTC) + timedelta(hours=hours))
+    ledger = Ledger(
+        writer=writer,
+        units=units,
+        now=lambda: owner.earlier.pop() if owner.earlier else owner.clock,
+        on_committed=lambda _: None,
+    )
+    owner = Owner(ledger, BEGIN + timedelta(hours=hours))
     await ledger.take_over({PARTITION: 1 + hours})
     try:
         yield owner
