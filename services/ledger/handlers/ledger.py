@@ -144,24 +144,17 @@ class Ledger:
         """
         commands = sum(len(item.commands) if isinstance(item, ListItem) else 1 for item in items)
         most = max(1, min(OVERDUE_READ_MAX, OVERDUE_TRIED_MAX // commands))
-        while True:
-            at = self._now()
-            crowded = [
-                partition
-                for partition in {item.partition for item in items} & self._owned.keys()
-                if self._owned[partition].state.deadlines.may_be_more(at, self._owned[partition].state.holds, than=most)
-            ]
-            if not crowded:
-                return
-            async with self._deciding, self._committing, self._writer.transaction() as connection:
-                holds = await store.overdue_holds(connection, crowded, at, OVERDUE_READ_MAX)
-            if len(holds) < most:
-                return
-            await self._attempt(
-                [SweepItem(partition, ResolveHold(hold=hold, account=account)) for partition, hold, account in holds],
-                lambda: None,
-                look_up=False,
-            )
+        for partition in {item.partition for item in items} & self._owned.keys():
+            while (owned := self._owned.get(partition)) is not None:
+                at = max(self._now(), owned.head.recorded_at)
+                if not owned.state.deadlines.may_be_more(at, owned.state.holds, than=most):
+                    break
+                async with self._deciding, self._committing, self._writer.transaction() as connection:
+                    holds = await store.overdue_holds(connection, [partition], at, OVERDUE_READ_MAX)
+                if len(holds) < most:
+                    break
+                ends = [SweepItem(partition, ResolveHold(hold=hold, account=account)) for _, hold, account in holds]
+                await self._attempt(ends, lambda: None, look_up=False)
 
     async def _attempt(self, items: Sequence[Item], decided: Callable[[], None], *, look_up: bool) -> list[Result]:
         async with self._deciding:

@@ -100,7 +100,7 @@ async def test_what_a_thousand_overdue_holds_held_is_there_at_once(
         if is_remembered:
             await owner.hold_all(1_000)
     if not is_remembered:
-        async with owning(database, hours=1) as owner:
+        async with owning(database, epoch=2, hours=1) as owner:
             await owner.hold_all(1_000)
     assert await driver.rows("SELECT status, count(*) FROM holds GROUP BY 1 ORDER BY 1") == [
         ("expired", 1_000),
@@ -128,9 +128,22 @@ async def test_holds_that_come_to_their_deadline_while_others_are_looked_for_are
 ) -> None:
     async with owning(database) as owner:
         await owner.fund(holds=800)
-    async with owning(database, hours=1) as owner:
+    async with owning(database, epoch=2, hours=1) as owner:
         owner.earlier = [BEGIN]
         # What is refused is asked again; what is charged is not.
+        (charged,) = await owner.ask(line("acme", ("usd", 800), at=owner.clock))
+    assert charged["status"] == "accepted"
+    assert await driver.rows("SELECT posted, held FROM lots") == [(0, 0)]
+
+
+async def test_whose_clock_is_behind_the_record_misses_no_overdue_hold(driver: Driver, database: Database) -> None:
+    async with owning(database) as owner:
+        await owner.fund(holds=800)
+        # Whoever owned it before had a clock that is ahead, and ended none of them.
+        await driver.superuser.execute(
+            "UPDATE heads SET recorded_at = %s WHERE partition = %s", [BEGIN + timedelta(hours=1), PARTITION]
+        )
+    async with owning(database, epoch=2) as owner:
         (charged,) = await owner.ask(line("acme", ("usd", 800), at=owner.clock))
     assert charged["status"] == "accepted"
     assert await driver.rows("SELECT posted, held FROM lots") == [(0, 0)]
@@ -182,7 +195,7 @@ class Owner:
 
 
 @asynccontextmanager
-async def owning(database: Database, *, hours: int = 0) -> AsyncIterator[Owner]:
+async def owning(database: Database, *, epoch: int = 1, hours: int = 0) -> AsyncIterator[Owner]:
     writer = Writer(database.url("ledger"), name="test")
     units = Units({"usd": Unit("usd", "money", 0)})
     ledger = Ledger(
@@ -192,7 +205,7 @@ async def owning(database: Database, *, hours: int = 0) -> AsyncIterator[Owner]:
         on_committed=lambda _: None,
     )
     owner = Owner(ledger, BEGIN + timedelta(hours=hours))
-    await ledger.take_over({PARTITION: 1 + hours})
+    await ledger.take_over({PARTITION: epoch})
     try:
         yield owner
     finally:
