@@ -16,9 +16,10 @@ from services.kit.auth import require
 from services.kit.clock import now
 from services.kit.problems import Problem
 from services.ledger.queries.balances import BalanceView, PostedView, read_balance, read_balance_as_of, read_posted_at
-from services.ledger.routes.backend import Backend, check, connected, not_open, snapshot
+from services.ledger.routes.backend import Backend, check, check_query, connected, not_open, snapshot
 
 _TIME: Final[TypeAdapter[datetime]] = TypeAdapter(Time)
+_QUERY: Final = ("as_of", "world_at")
 _authorize: Final = require("ledger:read")
 
 
@@ -80,9 +81,10 @@ async def _at_another_time(
 
 def _times(query: Mapping[str, str]) -> tuple[datetime | None, datetime | None]:
     """`as_of` and `world_at`, as far as they are asked for. RequestValidationError names all that is no time."""
+    check_query(query, _QUERY)
     found: dict[str, datetime] = {}
     errors: list[Any] = []
-    for name in ("as_of", "world_at"):
+    for name in _QUERY:
         if name in query:
             try:
                 found[name] = _TIME.validate_python(query[name])

@@ -706,6 +706,10 @@ BAD_QUESTIONS = (
     ("/v1/holds?account=nobody", 404, "account_not_open"),
     ("/v1/trees/nobody?after=nobody/a", 404, "account_not_open"),
     ("/v1/holds?account=acme&after=nonsense", 422, "invalid_request"),
+    # Else it would be answered as if it had not been asked.
+    ("/v1/balances/acme?asof=2026-01-01T00:00:00Z", 422, "unknown_parameter"),
+    ("/v1/statements/acme?from=2026-01-01T00:00:00Z", 422, "unknown_parameter"),
+    ("/v1/exports/journal?account=acme&named=csv", 422, "unknown_parameter"),
 )
 
 
