@@ -77,9 +77,9 @@ class RuleSpec(Frozen):
     """A grant that renews itself: period n lasts from `anchor` plus n times `every` periods, by the clock of `zone`.
 
     Granted are the periods from `first_period` on, without `end_period` and those after it; at once those that have
-    begun. A month that has no such day begins on its last. Of the lot that ends, min(rollover_max, max(unheld
-    remaining, rollover_min)) is added to the next. From its first period on the wallet has `policy` and `overdraft`, if
-    given.
+    begun, if they are no more than a thousand. A month that has no such day begins on its last. Of the lot that ends,
+    min(rollover_max, max(unheld remaining, rollover_min)) is added to the next. From its first period on the wallet has
+    `policy` and `overdraft`, if given.
     """
 
     id: RuleId

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx2
@@ -12,6 +13,7 @@ from contracts.money import Amount
 from contracts.partition import partition_of, token
 from contracts.streams import LEDGER, ledger_command_subject
 from services.kit.ids import new_hold_id
+from services.ledger.domain.rules import CATCH_UP_MAX
 from tests.builders import charge_line, grant, hold_leg, open_account, place_hold, release_hold
 from tests.integration.ledger.driving import Driver
 
@@ -281,6 +283,18 @@ async def test_a_statement_is_paged_with_its_running_balance(driver: Driver) -> 
         assert [entry["balance"] for entry in entries] == ["3", "4", "5", "6", "7", "8", "9", "10", "0"]
         assert [entry["kind"] for entry in entries[-2:]] == ["lot_granted", "wallet_opened"]
         assert (await http.get("/v1/statements/acme", params={"before": "nonsense"})).status_code == 422
+
+
+async def test_as_many_periods_as_may_be_granted_at_once_are_granted_before_the_caller_gives_up(driver: Driver) -> None:
+    async with driver.running() as http:
+        await driver.accepted(open_account("acme", "usd"))
+        anchor = datetime.now(UTC) - timedelta(days=CATCH_UP_MAX, hours=-12)
+        rule = words.RuleSpec(id="daily", unit="usd", amount="1", period="day", anchor=anchor)
+        body = {"account": "acme", "rule": rule.model_dump(mode="json")}
+        answer = await http.post("/v1/rules", json=body, headers={"Idempotency-Key": "r"})
+        assert answer.status_code == 200, answer.json()
+        assert len(answer.json()["movements"]) == CATCH_UP_MAX
+        assert (await wallet(http, "acme"))["available"] == "1"
 
 
 async def test_what_is_wrong_is_told_once_and_with_its_place(driver: Driver) -> None:

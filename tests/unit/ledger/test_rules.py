@@ -129,6 +129,10 @@ def test_what_is_granted_at_once_is_bounded() -> None:
     assert isinstance(
         clockwork.ask(set_rule(msgspec.structs.replace(long_ago, end_period=CATCH_UP_MAX + 1))), InvalidRule
     )
+    refused = clockwork.ask(set_rule(long_ago))
+    assert isinstance(refused, InvalidRule)
+    # It says how to begin without what is past.
+    assert refused.reason.endswith(f"with {CATCH_UP_MAX} as its first_period it begins with the current one")
     # One that has ended, one that begins a day later: no more than the bound.
     clockwork.do(set_rule(msgspec.structs.replace(long_ago, id="later", first_period=CATCH_UP_MAX)))
     assert clockwork.available("usd") == 1
