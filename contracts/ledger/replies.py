@@ -43,6 +43,8 @@ class Accepted(Frozen):
     """The command's first accepted outcome; `replayed` if this very command had been accepted before.
 
     Of a `dry_run` it is what would be: nothing was recorded, and there is no such transaction.
+    A command that found all as it wants it moved nothing: its transaction is the one that made the claim, or else the
+    one that opened the account.
     """
 
     status: Literal["accepted"] = "accepted"

@@ -58,6 +58,20 @@ def test_what_is_still_owed_is_owed_no_longer_before_what_was_repaid_goes_back()
     book.check()
 
 
+def test_what_repaid_a_debt_last_comes_back_first() -> None:
+    book = Archive()
+    book.open("acme", "usd")
+    use = line("acme", ("usd", 10))
+    book.do(use)
+    first, second = book.grant("acme", "usd", 4), book.grant("acme", "usd", 6)
+    assert (book.lots(), book.debt("acme")) == ({}, 0)
+    book.do(reverse(use, ("usd", 5)))
+    assert book.lots() == {second: (5, 0, 0)}
+    book.do(reverse(use, ("usd", 4)))
+    assert book.lots() == {first: (3, 0, 0), second: (6, 0, 0)}
+    book.check()
+
+
 def test_what_is_noted_to_undo_a_decision_does_not_grow_with_the_lots_there(monkeypatch: pytest.MonkeyPatch) -> None:
     noted: list[int] = []
     undo = PartitionState.undo
