@@ -73,10 +73,12 @@ def test_what_would_end_or_prolong_an_overdue_hold_is_refused_without_a_trace(ov
     assert book.amounts("acme", "usd") == ((15, 0) if overdue == "release" else (5, 0))
 
 
+@pytest.mark.parametrize("account", ["acme/ana", "other"])
 @pytest.mark.parametrize("overdue", POLICIES)
-def test_another_account_finds_an_overdue_hold_expired_swept_or_not(overdue: Overdue) -> None:
+def test_another_account_finds_an_overdue_hold_expired_swept_or_not(overdue: Overdue, account: str) -> None:
     book, hold = book_with_hold(overdue=overdue)
-    other = PlaceHold(hold=hold, account="acme/ana", legs=(leg("usd", 1),))
+    book.open("other", "usd")
+    other = PlaceHold(hold=hold, account=account, legs=(leg("usd", 1),))
     assert book.ask(other) == HoldExists(hold)
     book.wait(timedelta(hours=1))
     assert book.ask(other) == HoldExpired(hold)
