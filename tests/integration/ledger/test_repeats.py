@@ -395,6 +395,21 @@ async def test_what_is_tried_out_and_what_comes_in_a_list_is_looked_up(
         assert seen.violations == []
 
 
+async def test_what_a_list_would_have_told_is_not_told_if_it_is_refused(driver: Driver, owners: Owners) -> None:
+    gift, too_much = item(Grant(account=ROOT, unit="usd", amount=5), "gift"), item(hold_of(hold_id(), 10**15), "hold")
+    whole = ListItem(
+        partition=gift.partition, principal="tester", commands=(gift, too_much), key="both", body_hash=bytes(32)
+    )
+    async with owners.next() as owner:
+        await funded(owner)
+        before = await driver.facts()
+        refused, _ = await ask(owner, whole, replace(gift, key="gift-2"))
+        assert (refused["status"], refused["index"]) == ("refused", 1)
+        # What is accepted beside it is, and in its place.
+        told = (await driver.facts())[len(before) :]
+        assert [type(fact) for fact in told] == [words.LotGranted]
+
+
 async def test_a_deposed_owner_replays_nothing_wrong(driver: Driver, owners: Owners, seen: Seen) -> None:
     gift = item(Grant(account=ROOT, unit="usd", amount=5), "gift")
     async with owners.next() as first:
