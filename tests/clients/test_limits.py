@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import pytest
 from hypothesis import given
@@ -18,6 +18,7 @@ from scrip_client.admission import (
     refusal,
     remaining_after,
 )
+from scrip_client.asgi import ScripMiddleware
 
 NOW: Final = datetime(2026, 3, 14, 12, tzinfo=UTC)
 
@@ -161,6 +162,32 @@ def test_routes_are_prefixes_of_whole_segments_or_say_themselves() -> None:
     assert RULES.apply_to(request("/anything"))
     asked = Rules(account=lambda _: "acme", estimate=lambda _: {}, routes=lambda each: each.path.endswith("x"))
     assert [asked.apply_to(request(path)) for path in ("/x", "/y")] == [True, False]
+
+
+@pytest.mark.anyio
+async def test_what_a_server_or_a_mount_puts_before_the_path_lets_nobody_past() -> None:
+    seen: list[str] = []
+
+    def nobodys(request: IncomingRequest) -> None:
+        seen.append(request.path)
+
+    async def app(_scope: Any, _receive: Any, _send: Any) -> None:
+        pass
+
+    rules = Rules(account=nobodys, estimate=lambda _: {}, routes=("/analyze",))
+    middleware = ScripMiddleware(app, scrip=cast(Any, None), rules=rules)
+    for path, root in (
+        ("/analyze", ""),
+        ("/api/analyze/1", "/api"),
+        ("/api/v1/analyze", "/api/v1"),
+        # Of a server that does not put it before the path.
+        ("/analyze/2", "/api"),
+        ("/api/analyze", ""),
+        ("/apian/analyze", "/api"),
+    ):
+        scope = {"type": "http", "method": "GET", "path": path, "root_path": root, "headers": []}
+        await middleware(scope, cast(Any, None), cast(Any, None))
+    assert seen == ["/analyze", "/analyze/1", "/analyze", "/analyze/2"]
 
 
 def test_limits_are_remembered_for_a_while_and_of_so_many() -> None:

@@ -129,7 +129,7 @@ def test_a_cloud_event_may_be_reported_as_it_is(file: Path) -> None:
         {"subject": "acme", "type": "t", "data": {"x": "y" * 70_000}},
         {"subject": "acme", "type": "t", "data": {"x": "\ud800"}},
         {"subject": "acme", "type": "t", "time": datetime(2026, 1, 1)},  # noqa: DTZ001 - that is what is wrong
-        UsageEvent(account="acme", type="t", data=[1]),  # type: ignore[arg-type]
+        UsageEvent(account="acme", type="t", data=[1]),  # type: ignore[arg-type]  # that is what is wrong
         None,
         "acme",
         [],

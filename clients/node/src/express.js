@@ -411,13 +411,19 @@ function amountText({ amount, unit }) {
   return `${amount} ${unit}`;
 }
 
-/** The path as the client wrote it: Express takes off what a router is mounted at. */
+/**
+ * The path as the client wrote it: Express takes off what a router is mounted at. A request may name a whole URL, or a
+ * fragment, and is served all the same.
+ */
 function pathOf(req) {
-  return (req.originalUrl ?? req.url).split("?", 1)[0];
+  return (req.originalUrl ?? req.url).replace(/^[a-z][a-z0-9+.-]*:\/\/[^/?#]*/i, "").split(/[?#]/, 1)[0] || "/";
 }
 
 function appliesTo({ routes }, req) {
   if (typeof routes === "function") return routes(req);
-  const path = pathOf(req);
-  return routes.some((each) => path === each || path.startsWith(each.endsWith("/") ? each : `${each}/`));
+  // Express serves /JOBS as /jobs, unless it is told otherwise.
+  const path = pathOf(req).toLowerCase();
+  return routes
+    .map((each) => each.toLowerCase())
+    .some((each) => path === each || path.startsWith(each.endsWith("/") ? each : `${each}/`));
 }

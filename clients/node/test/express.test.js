@@ -176,6 +176,25 @@ test("what is not metered is not touched", async (t) => {
   assert.equal(ledger.left, 5);
 });
 
+test("whichever way a path is asked for that Express serves alike, it is metered", async (t) => {
+  const { url } = await world(t, {}, { calls: 10 });
+  const { hostname, port } = new URL(url);
+  const idOf = (path) =>
+    new Promise((resolve, reject) => {
+      const asked = request({ hostname, port, path, headers: { "x-account": "acme" } }, (answer) => {
+        answer.resume();
+        resolve(answer.headers["x-scrip-request-id"]);
+      });
+      asked.on("error", reject).end();
+    });
+  for (const path of ["/jobs", "/jobs/", "/JOBS/fine", "http://elsewhere/jobs", "HTTP://elsewhere/Jobs#x", "/jobs#x", "/jobs?x"]) {
+    assert.ok(await idOf(path), path);
+  }
+  for (const path of ["/free", "/jobsmith", "http://jobs/free", "/free?/jobs", "/free#/jobs"]) {
+    assert.equal(await idOf(path), undefined, path);
+  }
+});
+
 test("it warns at 80 percent, and refuses with 429 at 100", async (t) => {
   const warnings = [];
   const rules = { onWarning: (warning) => warnings.push(warning.percent), upgradeUrl: "https://acme.example/plans" };

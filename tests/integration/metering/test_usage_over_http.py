@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import json
 import time
+import tracemalloc
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -318,6 +319,20 @@ NOT_TAKEN: Final[Sequence[tuple[bytes, str, int, str]]] = (
     (body(1), "br", 415, "unsupported_content_encoding"),
     (body(1), "gzip, gzip", 415, "unsupported_content_encoding"),
 )
+
+
+async def test_a_body_is_inflated_no_further_than_it_may_be_long(driver: Driver) -> None:
+    bomb = gzip.compress(bytes(256 << 20))
+    async with driver.running() as http:
+        await report(http, driver, _ZIPPED, headers={**driver.headers(), "Content-Encoding": "gzip"})
+        tracemalloc.start()
+        try:
+            answer = await report(http, driver, bomb, headers={**driver.headers(), "Content-Encoding": "gzip"})
+            _, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+    assert peak_bytes < 8 * driver.settings.metering_body_bytes_max
 
 
 async def test_what_cannot_be_inflated_is_refused_clearly(driver: Driver) -> None:

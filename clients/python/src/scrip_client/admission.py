@@ -30,7 +30,10 @@ Headers = list[tuple[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class IncomingRequest:
-    """A request, whatever serves it. `native`: the ASGI scope, or Flask's request. Headers' names are lower-case."""
+    """A request, whatever serves it. `native`: the ASGI scope, or Flask's request. Headers' names are lower-case.
+
+    `path` is the one that the application's routes see, whatever it is mounted at.
+    """
 
     method: str
     path: str

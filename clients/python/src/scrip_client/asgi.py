@@ -265,7 +265,13 @@ async def _answer(send: Send, problem: Problem) -> None:
 
 def _request(scope: Scope) -> IncomingRequest:
     headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-    return IncomingRequest(method=scope["method"], path=scope["path"], headers=headers, native=scope)
+    return IncomingRequest(method=scope["method"], path=_path(scope), headers=headers, native=scope)
+
+
+def _path(scope: Scope) -> str:
+    """The path as the application's routes see it: without what a server or a mount has put before it."""
+    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
 
 
 def _encoded(headers: Headers) -> list[tuple[bytes, bytes]]:
