@@ -24,9 +24,9 @@ from services.ledger.domain.state import PartitionState
 from services.ledger.projections import add_rows
 from services.ledger.queries.selection import Connection, text_array
 
-# What is done of what is due while somebody waits.
+# What is done of what is due while somebody waits: some tenths of a second.
 DUE_STEPS_MAX: Final = 20_000
-OVERDUE_HOLDS_MAX: Final = 2_000
+OVERDUE_HOLDS_MAX: Final = 10_000
 # When a batch would be recorded that is decided at `now`, from a row of `heads`: as `Draft` has it.
 PRESENT_TIME: Final = "greatest(recorded_at + interval '1 microsecond', %(now)s)"
 
