@@ -29,7 +29,7 @@ from services.metering.domain.prices import CounterKey, PriceBook
 from services.metering.domain.usage import Usage
 from services.metering.queries.archive import check_not_archived
 from services.metering.store import Connection
-from services.metering.translate.usage import FORWARDED_BYTES_MAX
+from services.metering.translate import FORWARDED_BYTES_MAX
 
 _START: Final = (-1, "", "")
 
