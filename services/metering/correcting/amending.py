@@ -85,12 +85,13 @@ async def correct_named(
     found, refusals = _pick(asked, places, uses)
     if refusals:
         raise Refused(refusals)
-    wanted = _wanted(asked, found)
+    # In order of use, so that it does not matter in which order they were named.
+    wanted = sorted(_wanted(asked, found), key=lambda each: each[0].place.in_order)
+    task = Task(new.id, new.reason, book)
     rating = await Rating.of(
-        connection, ((each, usage) for (each, usage, _) in wanted if not isinstance(usage, bytes)), book=book
+        connection, ((each, usage) for (each, usage, _) in wanted if not isinstance(usage, bytes)), task
     )
     changes = [_change(each, usage, rating) for each, usage, changed in wanted if changed]
-    task = Task(new.id, new.reason, book)
     written = await records.write_and_record(connection, changes, task, heads=heads, counters=rating.moved())
     counts = {"events": len(asked), "corrected": len(changes), "unchanged": len(asked) - len(changes)}
     await records.write_progress(connection, new.id, Progress("done", None, counts, total(written.items), now()))

@@ -10,7 +10,7 @@ import httpx2
 import pytest
 
 from contracts.partition import partition_of
-from services.metering.correcting import settling
+from services.metering.correcting import settling, undoing
 from services.metering.correcting.settling import Settler
 from tests.integration.metering.correcting import add, agree, ask, correct, named, undo, until, version
 from tests.integration.metering.driving import WAIT_SECONDS_MAX, Driver, Json
@@ -224,8 +224,9 @@ async def test_a_correction_undone_after_more_use_leaves_what_all_costs(driver: 
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])
 async def test_whatever_is_corrected_meanwhile_what_is_charged_and_carried_is_what_all_costs(
-    driver: Driver, seed: int
+    driver: Driver, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(undoing, "EVENTS_MAX", seed)
     chance = random.Random(seed)
     accounts = ("acme-1", "acme-2")
     async with driver.running() as http, driver.running() as other:
