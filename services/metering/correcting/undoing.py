@@ -24,7 +24,7 @@ from services.metering.correcting.rerating import EVENTS_MAX
 from services.metering.correcting.versions import Found, LoggedVersion, Place
 from services.metering.domain.prices import CounterKey, PriceBook
 from services.metering.domain.usage import Usage
-from services.metering.queries.archive import check_not_archived
+from services.metering.queries.archive import PeriodArchived, check_not_archived, find_archived
 from services.metering.store import Connection
 from services.metering.translate import FORWARDED_BYTES_MAX
 
@@ -45,6 +45,21 @@ async def first_cursor(connection: Connection, correction: str) -> Cursor:
     )
     ((count,),) = await cursor.fetchall()
     return Cursor(of=count)
+
+
+async def check_undoable(connection: Connection, correction: str) -> None:
+    """PeriodArchived, if a use that it corrected is archived."""
+    if not (archived := await find_archived(connection)):
+        return
+    cursor = await connection.execute(
+        """
+        SELECT DISTINCT date_trunc('month', occurred_at AT TIME ZONE 'UTC')::date FROM correction_items
+        WHERE partition = ANY(%s) AND correction = %s AND NOT undone
+        """,
+        [list(range(PARTITION_COUNT)), correction],
+    )
+    if months := sorted({month for (month,) in await cursor.fetchall()}.intersection(archived)):
+        raise PeriodArchived(months)
 
 
 async def undo_slice(connection: Connection, task: Task, cursor: Cursor) -> Slice:
