@@ -53,7 +53,8 @@ class Refused(Exception):
     """Some uses cannot be corrected, so none was."""
 
     def __init__(self, refusals: Sequence[Refusal]) -> None:
-        super().__init__("; ".join(each.detail for each in refusals[:3]))
+        said = (each.detail if each.field is None else f"{each.field}: {each.detail}" for each in refusals[:3])
+        super().__init__("; ".join(said))
         self.refusals = refusals
 
 
