@@ -68,9 +68,9 @@ class ServiceApi:
         """The answer to DELETE."""
         return self._answer("DELETE", path)
 
-    def send(self, path: str, body: bytes) -> Json:
-        """The answer to JSON that is sent as it is written."""
-        return self._answer("POST", path, content=body, headers={"Content-Type": "application/json"})
+    def send(self, path: str, body: bytes, *, after: int = 0) -> Json:
+        """The answer to JSON that is sent as it is written: a list, of what comes after so many that were sent."""
+        return self._answer("POST", path, after=after, content=body, headers={"Content-Type": "application/json"})
 
     def stream(self, path: str, query: Query, to: BinaryIO) -> None:
         """Write an answer as it comes. What was cut off is an error."""
@@ -86,7 +86,7 @@ class ServiceApi:
             raise self._away(error) from error
         raise self._refused(response.status_code, answer)
 
-    def _answer(self, method: str, path: str, **options: Any) -> Json:
+    def _answer(self, method: str, path: str, *, after: int = 0, **options: Any) -> Json:
         try:
             response = self.client.request(method, self.url + path, **options)
             answer: Json = response.json()
@@ -94,13 +94,13 @@ class ServiceApi:
             raise self._away(error) from error
         if response.is_success:
             return answer
-        raise self._refused(response.status_code, answer)
+        raise self._refused(response.status_code, answer, after=after)
 
     def _away(self, error: Exception) -> StackError:
         return StackError(f"{self.service.capitalize()} does not answer at {self.url} ({type(error).__name__}).")
 
-    def _refused(self, status: int, answer: Json) -> StackError:
-        problems = [f"{each.get('pointer', '')} {each.get('detail', '')}" for each in answer.get("errors", [])]
+    def _refused(self, status: int, answer: Json, *, after: int = 0) -> StackError:
+        problems = [f"{_place(each, after)} {each.get('detail', '')}" for each in answer.get("errors", [])]
         why = "; ".join(problems) or answer.get("detail", status)
         if status == httpx2.codes.NOT_FOUND:
             # Of what is no name at all the service has no words of its own.
@@ -109,3 +109,11 @@ class ServiceApi:
             )
         kind = BadInput if status in _AT_FAULT else StackError
         return kind(f"{self.service.capitalize()} refuses: {why}")
+
+
+def _place(problem: Json, after: int) -> str:
+    """Of what a problem is: a place in what was sent, or the number of an event, and its field."""
+    if "index" not in problem:
+        return str(problem.get("pointer", ""))
+    field = f", {problem['field']}" if problem.get("field") else ""
+    return f"event {after + problem['index'] + 1}{field}:"

@@ -224,7 +224,7 @@ def _stage(metering: ServiceApi, path: str, events: Path) -> None:
         task = progress.add_task("staging", total=len(lines))
         for start in range(0, len(lines), STAGED_MAX):
             part = lines[start : start + STAGED_MAX]
-            metering.send(f"{path}/events", b"[" + b",".join(part) + b"]")
+            metering.send(f"{path}/events", b"[" + b",".join(part) + b"]", after=start)
             progress.advance(task, len(part))
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from contracts.pricing import PRICE_DECIMALS_MAX, PRICE_MAX, STANDARD_TIERS
@@ -278,7 +278,8 @@ def show_version(
     if not versions:
         raise StackError("The price book is empty.")
     chosen = versions[0]
-    table = Table("model", "quantity", "price", title=f"{chosen['id']}, from {chosen['effective_at']}")
+    columns = [Column(name, overflow="fold") for name in ("model", "quantity", "price")]
+    table = Table(*columns, title=f"{chosen['id']}, from {chosen['effective_at']}")
     for each in chosen["models"]:
         if provider in (None, each["provider"]) and model in (None, each["model"]):
             for rate in each["rates"]:
@@ -413,7 +414,9 @@ def _read_time(text: str) -> datetime:
 
 def _show_difference(console: Console, found: Json) -> None:
     """Print what a version changes, rate by rate."""
-    table = Table("model", "quantity", "unit", "old", "new", title=f"against {found['compared_with'] or 'nothing'}")
+    # However narrow it is: nobody agrees to a price of he does not see what.
+    columns = [Column(name, overflow="fold") for name in ("model", "quantity", "unit", "old", "new")]
+    table = Table(*columns, title=f"against {found['compared_with'] or 'nothing'}")
     for each, old_or_new in (
         *((each, "new") for each in found["added"]),
         *((each, "old") for each in found["removed"]),

@@ -309,6 +309,8 @@ correction_items = Table(
     Column("undone", Boolean, nullable=False, server_default=text("false")),
     Column("undone_revision", Integer),
     Index("correction_items_event", "partition", "source", "event_id"),
+    # In the reverse of it they are undone.
+    Index("correction_items_done", "partition", "correction", "recorded_at", "occurred_at", "source", "event_id"),
 )
 
 # Events that a backfill is to log, until it is applied and ever after; or until it is discarded.

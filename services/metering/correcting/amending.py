@@ -1,12 +1,14 @@
 """Uses that are named: void, and amend. All that were asked for in one transaction, or nothing."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any, Final
 
 import msgspec
 
 from contracts.envelope import InvalidEvent, Problem
+from contracts.partition import partition_of
 from services.kit.clock import now
 from services.kit.outbox import OutboxRow
 from services.metering import store, translate
@@ -16,6 +18,7 @@ from services.metering.correcting.records import Correction, NewCorrection, Prog
 from services.metering.correcting.versions import Found, Named, Place
 from services.metering.domain.prices import PriceBook
 from services.metering.domain.usage import Usage
+from services.metering.queries.archive import find_archived
 from services.metering.store import Connection
 from services.metering.translate.items import is_same_data
 
@@ -33,9 +36,9 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a use that is named cannot be corrected. `code` is stable: unknown_event, ambiguous, not_here, void, ….
+    """Why a use that is named cannot be corrected. `code` is stable: unknown_event, ambiguous, archived, void, ….
 
-    `accounts`: whose it may be, if it is ambiguous.
+    `accounts`: whose it may be, if it is ambiguous. `month`: which one is to be restored, if it is archived.
     """
 
     index: int
@@ -43,13 +46,15 @@ class Refusal:
     detail: str
     field: str | None = None
     accounts: Sequence[str] = ()
+    month: date | None = None
 
 
 class Refused(Exception):
     """Some uses cannot be corrected, so none was."""
 
     def __init__(self, refusals: Sequence[Refusal]) -> None:
-        super().__init__("; ".join(each.detail for each in refusals[:3]))
+        said = (each.detail if each.field is None else f"{each.field}: {each.detail}" for each in refusals[:3])
+        super().__init__("; ".join(said))
         self.refusals = refusals
 
 
@@ -82,15 +87,17 @@ async def correct_named(
     places = await versions.find_places(connection, [each.named for each in asked])
     heads = await store.lock_heads(connection, {place.partition for each in places for place in each})
     uses = await versions.find_uses(connection, [place for each in places for place in each])
-    found, refusals = _pick(asked, places, uses)
+    months = [] if all(each.is_here for each in uses.values()) else await find_archived(connection)
+    found, refusals = _pick(asked, places, uses, archived=months)
     if refusals:
         raise Refused(refusals)
-    wanted = _wanted(asked, found)
+    # In order of use, so that it does not matter in which order they were named.
+    wanted = sorted(_wanted(asked, found), key=lambda each: each[0].place.in_order)
+    task = Task(new.id, new.reason, book)
     rating = await Rating.of(
-        connection, ((each, usage) for (each, usage, _) in wanted if not isinstance(usage, bytes)), book=book
+        connection, ((each, usage) for (each, usage, _) in wanted if not isinstance(usage, bytes)), task
     )
     changes = [_change(each, usage, rating) for each, usage, changed in wanted if changed]
-    task = Task(new.id, new.reason, book)
     written = await records.write_and_record(connection, changes, task, heads=heads, counters=rating.moved())
     counts = {"events": len(asked), "corrected": len(changes), "unchanged": len(asked) - len(changes)}
     await records.write_progress(connection, new.id, Progress("done", None, counts, total(written.items), now()))
@@ -113,7 +120,11 @@ async def _repeated(connection: Connection, new: NewCorrection) -> Correction:
 
 
 def _pick(
-    asked: Sequence[Asked], places: Sequence[Sequence[Place]], uses: Mapping[Any, Found]
+    asked: Sequence[Asked],
+    places: Sequence[Sequence[Place]],
+    uses: Mapping[Any, Found],
+    *,
+    archived: Collection[date],
 ) -> tuple[list[Found], list[Refusal]]:
     """The one use that each name means; or why it means none, or may not be corrected so."""
     picked: list[Found] = []
@@ -135,11 +146,24 @@ def _pick(
             refusals.append(
                 Refusal(index, "ambiguous", f"{len(here)} events are {said}: say of which account", accounts=accounts)
             )
+        elif month := _month_of(named, candidates, archived):
+            back = f"restore that first, with `scrip usage restore --from DIR --month {month:%Y-%m}`"
+            refusals.append(Refusal(index, "archived", f"{said} is archived with {month:%Y-%m}: {back}", month=month))
         elif candidates and named.account is None:
-            refusals.append(Refusal(index, "not_here", f"{said} is on its way to its account, or archived"))
+            refusals.append(Refusal(index, "not_here", f"{said} is on its way to its account: try again"))
         else:
             refusals.append(Refusal(index, "unknown_event", f"no event {said} was ever reported"))
     return picked, refusals
+
+
+def _month_of(named: Named, candidates: Iterable[Found], archived: Collection[date]) -> date | None:
+    """With which month a use is archived, if it is. Whose it is does not stand where it was seen."""
+    for found in candidates:
+        month = found.place.occurred_at.date().replace(day=1)
+        may_be = named.account is None or found.place.partition == partition_of(named.account)
+        if may_be and not found.is_here and month in archived:
+            return month
+    return None
 
 
 def _wanted(asked: Sequence[Asked], found: Sequence[Found]) -> list[tuple[Found, Usage | bytes | None, bool]]:

@@ -205,10 +205,10 @@ async def apply_slice(
         else:
             wanted.append((found, msgspec.structs.replace(usage, revision=found.next_revision)))
     counts["corrected"] = len(wanted)
-    rating = await Rating.of(connection, wanted, book=task.book)
+    rating = await Rating.of(connection, wanted, task)
     changes = []
     # In order of use, so that it does not matter in which order they were staged.
-    for found, usage in sorted(wanted, key=lambda each: (each[1].occurred_at, each[1].source, each[1].event_id)):
+    for found, usage in sorted(wanted, key=lambda each: each[0].place.in_order):
         if found.current is not None:
             rating.take_out(found.current)
         changes.append(Change(found, rating.rated(usage), rating.moves()))
@@ -270,7 +270,7 @@ async def _replace_slice(
     places = [Place(partition, source, id, at.astimezone(UTC)) for partition, source, id, at in rows]
     found = await versions.find_uses(connection, places)
     uses = [found[place.key] for place in places]
-    rating = await Rating.of(connection, ((each, None) for each in uses), book=task.book)
+    rating = await Rating.of(connection, ((each, None) for each in uses), task)
     changes = []
     for each in uses:
         if each.current is not None:

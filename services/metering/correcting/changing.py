@@ -112,19 +112,24 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A correction, and the prices by which it is made."""
+    """A correction, and the prices by which it is made.
+
+    `counters` are those that earlier slices moved, if what they did was taken back: of a dry run.
+    """
 
     id: str
     reason: str
     book: PriceBook
+    counters: Mapping[CounterKey, Counter] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a transaction of a correction came to."""
+    """What a transaction of a correction came to, and where the counters stand that moved."""
 
     items: Sequence[Item] = ()
     rows: Sequence[OutboxRow] = ()
+    counters: Mapping[CounterKey, Counter] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +158,8 @@ class Rating:
         cls,
         connection: Connection,
         uses: Iterable[tuple[Found, Usage | None]],
+        task: Task,
         *,
-        book: PriceBook,
         under: PriceVersion | None = None,
         further: Iterable[CounterKey] = (),
     ) -> "Rating":
@@ -163,13 +168,14 @@ class Rating:
         accounts: set[tuple[int, str]] = set()
         for found, usage in uses:
             if found.current is not None and found.current.price_version is not None:
-                keys.update(share.key for share in counts_of(found.current, book).shares)
+                keys.update(share.key for share in counts_of(found.current, task.book).shares)
             if usage is not None:
                 accounts.add((usage.partition, usage.account))
-                if isinstance(price := book.price(usage, under=under), CountedFirst):
+                if isinstance(price := task.book.price(usage, under=under), CountedFirst):
                     keys.update(price.counters)
         open_accounts = await store.find_open(connection, accounts) if accounts else set()
-        return cls(book=book, open_accounts=open_accounts, counters=await store.find_counters(connection, keys))
+        counters = {**await store.find_counters(connection, keys), **task.counters}
+        return cls(book=task.book, open_accounts=open_accounts, counters=counters)
 
     def take_out(self, version: LoggedVersion) -> None:
         """Have a version counted no more, if it is."""
@@ -190,6 +196,10 @@ class Rating:
             if less := was.pop(unit, 0) - cost.pop(unit, 0):
                 counter = self._counters.get(share.key, Counter())
                 self._move({share.key: Counter(quantity=counter.quantity, credit=counter.credit - less)})
+
+    def stands_at(self, moved: Iterable[CounterMove]) -> bool:
+        """Whether as much is counted as when counters moved."""
+        return all(self._counters.get(each.key, Counter()).quantity == each.at for each in moved)
 
     def move_back(self, moved: Sequence[CounterMove]) -> None:
         """Have counters stand where they would without a correction."""
@@ -372,7 +382,7 @@ async def write(
     await versions.wait_for(connection, new_waiting)
     await store.write_counters(connection, counters)
     await store.count(connection, tally)
-    return Written(items, rows)
+    return Written(items, rows, counters)
 
 
 def _posting(change: Change, units: Mapping[str, Unit]) -> Posting:

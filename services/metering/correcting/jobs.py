@@ -5,18 +5,19 @@ Whoever has a correction's row locked goes on with it; who dies leaves it to the
 
 import time
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, assert_never
 
 import msgspec
 
+from contracts.pricing import Counter
 from services.kit.clock import now
 from services.metering.correcting import backfilling, records, rerating, undoing
 from services.metering.correcting.changing import Item, Slice, Task
 from services.metering.correcting.records import Correction, Progress
 from services.metering.correcting.turns import InTurn, Turn
-from services.metering.domain.corrections import Amounts, State
-from services.metering.domain.prices import PriceBook
+from services.metering.domain.corrections import Amounts, Counters, State
+from services.metering.domain.prices import CounterKey, PriceBook
 from services.metering.queries.archive import whole
 from services.metering.store import Connection
 
@@ -25,50 +26,53 @@ DRY_RUN_EVENTS_MAX: Final = 10_000
 DRY_RUN_SECONDS_MAX: Final = 8.0
 # Whoever is stuck holds its heads' locks against ingest no longer than this.
 TRANSACTION_TIMEOUT: Final = "15s"
+_NONE: Final[Counters] = {}
 
 
-async def step(connection: Connection, correction: Correction, cursor: str | None, *, book: PriceBook) -> Slice:
+async def step(
+    connection: Connection, correction: Correction, cursor: str | None, *, book: PriceBook, counters: Counters = _NONE
+) -> Slice:
     """The next slice of a correction, in the transaction that has its row locked; the first says where it begins.
 
-    VersionNotRead, PeriodArchived.
+    `counters` are those that the slices before it moved, if that was taken back. VersionNotRead, PeriodArchived.
     """
+    task = Task(correction.id, correction.reason, book, counters)
     if correction.state == "undoing":
-        return await _undo(connection, correction, cursor, book=book)
+        return await _undo(connection, correction, cursor, task)
     match correction.kind:
         case "rerate":
-            return await _rerate(connection, correction, cursor, book=book)
+            return await _rerate(connection, correction, cursor, task)
         case "backfill":
-            return await _backfill(connection, correction, cursor, book=book)
+            return await _backfill(connection, correction, cursor, task)
         case "void" | "amend" | "settle":
             raise AssertionError(f"{correction.id} is done as soon as it is recorded")
         case _:
             assert_never(correction.kind)
 
 
-async def _rerate(connection: Connection, correction: Correction, cursor: str | None, *, book: PriceBook) -> Slice:
+async def _rerate(connection: Connection, correction: Correction, cursor: str | None, task: Task) -> Slice:
     parameters = msgspec.json.decode(correction.parameters, type=rerating.Parameters)
     if cursor is None:
         return Slice(await rerating.first_cursor(connection, parameters))
     at = msgspec.json.decode(cursor, type=rerating.Cursor)
     # What is archived meanwhile is not there to be looked at: it waits until that is restored.
     async with whole(connection, since=parameters.since, until=parameters.until):
-        return await rerating.rerate_slice(connection, Task(correction.id, correction.reason, book), parameters, at)
+        return await rerating.rerate_slice(connection, task, parameters, at)
 
 
-async def _backfill(connection: Connection, correction: Correction, cursor: str | None, *, book: PriceBook) -> Slice:
+async def _backfill(connection: Connection, correction: Correction, cursor: str | None, task: Task) -> Slice:
     parameters = msgspec.json.decode(correction.parameters, type=backfilling.Parameters)
     if cursor is None:
         return Slice(await backfilling.first_cursor(connection, correction, parameters))
     at = msgspec.json.decode(cursor, type=backfilling.Cursor)
-    task = Task(correction.id, correction.reason, book)
     async with whole(connection, since=parameters.since, until=parameters.until):
         return await backfilling.apply_slice(connection, correction, task, parameters, at)
 
 
-async def _undo(connection: Connection, correction: Correction, cursor: str | None, *, book: PriceBook) -> Slice:
+async def _undo(connection: Connection, correction: Correction, cursor: str | None, task: Task) -> Slice:
     if cursor is None:
         return Slice(await undoing.first_cursor(connection, correction.id))
-    task = Task(correction.id, correction.undo_reason or correction.reason, book)
+    task = replace(task, reason=correction.undo_reason or correction.reason)
     return await undoing.undo_slice(connection, task, msgspec.json.decode(cursor, type=undoing.Cursor))
 
 
@@ -91,12 +95,14 @@ async def preview(connection: Connection, correction: Correction, *, book: Price
     The connection commits by itself.
     """
     found = Preview()
+    counters: dict[CounterKey, Counter] = {}
     cursor: str | None = None
     deadline = time.monotonic() + DRY_RUN_SECONDS_MAX
     while True:
         async with connection.transaction(force_rollback=True):
             await connection.execute(f"SET LOCAL transaction_timeout = '{TRANSACTION_TIMEOUT}'")
-            done = await step(connection, correction, cursor, book=book)
+            done = await step(connection, correction, cursor, book=book, counters=counters)
+        counters |= done.written.counters
         for name, count in done.counts.items():
             found.counts[name] = found.counts.get(name, 0) + count
         found.items += done.written.items

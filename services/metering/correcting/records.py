@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 import msgspec
 from psycopg.rows import class_row
 
-from contracts.partition import partition_of
+from contracts.partition import PARTITION_COUNT, partition_of
 from contracts.pricing import Counter
 from services.metering.correcting.changing import Change, Item, Task, Written, write
 from services.metering.domain.charging import Head
@@ -84,23 +84,30 @@ class RecordedItem:
         return (self.partition, self.source, self.event_id)
 
     @property
+    def place(self) -> "ItemPlace":
+        """Where it comes in the order in which corrections are undone."""
+        return (self.partition, self.recorded_at, self.occurred_at, self.source, self.event_id)
+
+    @property
     def moves(self) -> list[CounterMove]:
         """By how much counters moved."""
         return [
             CounterMove(
                 (self.partition, each.account, each.price, each.period.astimezone(UTC)),
                 Counter(quantity=Decimal(each.quantity), credit=each.credit),
+                at=None if each.at is None else Decimal(each.at),
             )
             for each in (_MOVES.decode(self.counted) if self.counted else ())
         ]
 
 
-class _Move(msgspec.Struct):
+class _Move(msgspec.Struct, omit_defaults=True):
     account: str
     price: str
     period: datetime
     quantity: str
     credit: int
+    at: str | None = None
 
 
 _MOVES: Final = msgspec.json.Decoder(list[_Move])
@@ -310,6 +317,43 @@ async def items_after(
         return await cursor.fetchall()
 
 
+# Partition, when it was done, and which use it was done to: time, source, id.
+ItemPlace = tuple[int, datetime, datetime, str, str]
+
+
+async def items_before(
+    connection: Connection, correction: str, place: ItemPlace | None, *, limit: int
+) -> list[RecordedItem]:
+    """What a correction did, before a place, the last first: as it is undone."""
+    found: list[RecordedItem] = []
+    partitions = range(PARTITION_COUNT)
+    if place is not None:
+        partition, *rest = place
+        partitions = range(partition)
+        found = await _items(
+            connection,
+            "partition = %s AND (recorded_at, occurred_at, source, event_id)"
+            " < (%s::timestamptz, %s::timestamptz, %s::text, %s::text)",
+            [correction, partition, *rest, limit],
+        )
+    if len(found) < limit:
+        # Named one by one, each is looked up by its key.
+        found += await _items(connection, "partition = ANY(%s)", [correction, list(partitions), limit - len(found)])
+    return found
+
+
+async def _items(connection: Connection, condition: str, values: Sequence[object]) -> list[RecordedItem]:
+    async with connection.cursor(row_factory=class_row(RecordedItem)) as cursor:
+        await cursor.execute(
+            f"""
+            SELECT {_ITEM} FROM correction_items WHERE correction = %s AND {condition}
+            ORDER BY partition DESC, recorded_at DESC, occurred_at DESC, source DESC, event_id DESC LIMIT %s
+            """,
+            values,
+        )
+        return await cursor.fetchall()
+
+
 _ITEM: Final = """
 partition, correction, source, event_id, occurred_at, account, from_revision, to_revision, stands_as, charged,
 difference::text AS difference, counted::text AS counted, body, recorded_at, undone, undone_revision
@@ -369,7 +413,14 @@ def _moves_as_json(moved: Sequence[CounterMove]) -> str | None:
         return None
     return msgspec.json.encode(
         [
-            _Move(account=account, price=price, period=period, quantity=f"{each.by.quantity:f}", credit=each.by.credit)
+            _Move(
+                account=account,
+                price=price,
+                period=period,
+                quantity=f"{each.by.quantity:f}",
+                credit=each.by.credit,
+                at=None if each.at is None else f"{each.at:f}",
+            )
             for each in moved
             for _, account, price, period in (each.key,)
         ]

@@ -29,8 +29,9 @@ from services.metering.correcting.changing import (
 )
 from services.metering.correcting.versions import LOGGED, Found, LoggedVersion, Place
 from services.metering.domain.charging import Head
-from services.metering.domain.corrections import CounterMove, moves, put_in
+from services.metering.domain.corrections import CounterMove, moves, put_in, take_out
 from services.metering.domain.prices import CounterKey, PriceBook
+from services.metering.domain.prices import Counts as CountedAs
 from services.metering.domain.usage import Key, Usage
 from services.metering.store import Connection
 
@@ -126,7 +127,7 @@ async def rerate_slice(connection: Connection, task: Task, parameters: Parameter
     uses = await _uses(connection, rows)
     counts: Counts = {}
     wanted = [(each, usage) for each in uses if (usage := _rateable(each, parameters, counts)) is not None]
-    rating = await Rating.of(connection, wanted, book=task.book, under=under)
+    rating = await Rating.of(connection, wanted, task, under=under)
     changes = []
     for found, usage in wanted:
         to = rating.rated(usage, under=under)
@@ -317,7 +318,7 @@ async def _recount(
     if not to:
         return [], {}
     after = {key: now.get(key, Counter()) for key in {*was, *now}}
-    return _with_moves(uses, to, own, moves(stored, after), book=book), after
+    return _with_moves(uses, to, own, stored, after, book=book), after
 
 
 def _settle(
@@ -339,39 +340,50 @@ def _with_moves(
     uses: Iterable[Found],
     to: Mapping[Key, Charged],
     own: Mapping[Key, Mapping[CounterKey, Counter]],
-    total: Iterable[CounterMove],
+    before: Mapping[CounterKey, Counter],
+    after: Mapping[CounterKey, Counter],
     *,
     book: PriceBook,
 ) -> list[Change]:
     """Changes with their part of how counters moved. The first has what is nobody's own: what prices changed."""
-    rest = {each.key: each.by for each in total}
+    rest = {each.key: each.by for each in moves(before, after)}
     changed = [(each, to[each.place.key]) for each in uses if each.place.key in to]
-    parts = []
-    for found, made in changed:
-        part = {key: by for key, by in own.get(found.place.key, {}).items() if by != Counter()}
-        for key, credit in _own_credit(found, made, book).items():
-            _by(part, key, Counter(credit=credit))
-        parts.append(part)
-        for key, by in part.items():
-            _by(rest, key, Counter(quantity=-by.quantity, credit=-by.credit))
-    for key, by in rest.items():
-        _by(parts[0], key, by)
-    return [
-        Change(found, made, [CounterMove(key, by) for key, by in sorted(part.items()) if by != Counter()])
-        for (found, made), part in zip(changed, parts, strict=True)
-    ]
+    without = dict(after)
+    parts: list[list[CounterMove]] = []
+    for found, made in reversed(changed):
+        assert found.current is not None
+        if found.current.price_version is None:
+            # It is counted from now on, as if it had come last.
+            taken_out = take_out(without, _counts_of(made, book), made.amounts)
+            part = moves(taken_out, {key: without[key] for key in taken_out})
+            without |= taken_out
+        else:
+            by = dict(own.get(found.place.key, {}))
+            for key, credit in _own_credit(found, made, book).items():
+                _by(by, key, Counter(credit=credit))
+            part = [CounterMove(key, each) for key, each in sorted(by.items()) if each != Counter()]
+        parts.insert(0, part)
+        for each in part:
+            _by(rest, each.key, Counter(quantity=-each.by.quantity, credit=-each.by.credit))
+    parts[0] += [CounterMove(key, by) for key, by in sorted(rest.items()) if by != Counter()]
+    return [Change(found, made, part) for (found, made), part in zip(changed, parts, strict=True)]
 
 
 def _own_credit(found: Found, made: Charged, book: PriceBook) -> dict[CounterKey, int]:
     """What is carried less since a use is charged more: so each can be undone by itself."""
-    current, version = found.current, book.find(made.price_version)
+    current = found.current
     assert current is not None
-    assert version is not None
     more = dict(made.amounts)
     for unit, steps in versions.amounts_of(current.amounts, book.units).items():
         more[unit] = more.get(unit, 0) - steps
-    shares = (*book.counts(made.usage, version).shares, *counts_of(current, book).shares)
+    shares = (*_counts_of(made, book).shares, *counts_of(current, book).shares)
     return {share.key: -steps for share in shares if (steps := more.pop(share.unit.name, 0))}
+
+
+def _counts_of(made: Charged, book: PriceBook) -> CountedAs:
+    version = book.find(made.price_version)
+    assert version is not None
+    return book.counts(made.usage, version)
 
 
 def _by(counters: dict[CounterKey, Counter], key: CounterKey, more: Counter) -> None:

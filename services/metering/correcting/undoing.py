@@ -1,14 +1,11 @@
 """Undoing a correction: use by use, by the same difference. What was corrected since is left as it is."""
 
-from collections.abc import Sequence
 from datetime import timedelta
-from typing import Final
 
 import msgspec
 
 from contracts.envelope import read_usage_event
 from contracts.partition import PARTITION_COUNT
-from contracts.pricing import OwnPrice
 from services.metering import store
 from services.metering.correcting import records, versions
 from services.metering.correcting.changing import (
@@ -22,24 +19,22 @@ from services.metering.correcting.changing import (
     counts_of,
     write,
 )
-from services.metering.correcting.records import RecordedItem
+from services.metering.correcting.records import ItemPlace, RecordedItem
 from services.metering.correcting.rerating import EVENTS_MAX
 from services.metering.correcting.versions import Found, LoggedVersion, Place
 from services.metering.domain.prices import CounterKey, PriceBook
 from services.metering.domain.usage import Usage
-from services.metering.queries.archive import check_not_archived
+from services.metering.queries.archive import PeriodArchived, check_not_archived, find_archived
 from services.metering.store import Connection
-from services.metering.translate.usage import FORWARDED_BYTES_MAX
-
-_START: Final = (-1, "", "")
+from services.metering.translate import FORWARDED_BYTES_MAX
 
 
 class Cursor(msgspec.Struct):
-    """How far an undoing is: the key of the last use that was looked at."""
+    """How far an undoing is: behind the last use that was looked at. What was done last is undone first."""
 
     of: int
     done: int = 0
-    place: tuple[int, str, str] = _START
+    before: ItemPlace | None = None
 
 
 async def first_cursor(connection: Connection, correction: str) -> Cursor:
@@ -52,9 +47,24 @@ async def first_cursor(connection: Connection, correction: str) -> Cursor:
     return Cursor(of=count)
 
 
+async def check_undoable(connection: Connection, correction: str) -> None:
+    """PeriodArchived, if a use that it corrected is archived."""
+    if not (archived := await find_archived(connection)):
+        return
+    cursor = await connection.execute(
+        """
+        SELECT DISTINCT date_trunc('month', occurred_at AT TIME ZONE 'UTC')::date FROM correction_items
+        WHERE partition = ANY(%s) AND correction = %s AND NOT undone
+        """,
+        [list(range(PARTITION_COUNT)), correction],
+    )
+    if months := sorted({month for (month,) in await cursor.fetchall()}.intersection(archived)):
+        raise PeriodArchived(months)
+
+
 async def undo_slice(connection: Connection, task: Task, cursor: Cursor) -> Slice:
     """Undo what was done to the next uses, in the caller's transaction. VersionNotRead, PeriodArchived."""
-    items = await records.items_after(connection, task.id, cursor.place, limit=EVENTS_MAX)
+    items = await records.items_before(connection, task.id, cursor.before, limit=EVENTS_MAX)
     heads = await store.lock_heads(connection, {each.partition for each in items})
     places = {
         each.key: Place(each.partition, each.source, each.event_id, each.occurred_at)
@@ -67,22 +77,22 @@ async def undo_slice(connection: Connection, task: Task, cursor: Cursor) -> Slic
             at = each.place.occurred_at
             await check_not_archived(connection, since=at, until=at + timedelta(microseconds=1))
     undone = [(each, uses[each.key]) for each in items if each.key in places and _stands(each, uses[each.key])]
-    counted = _counted(undone, task.book)
     rating = await Rating.of(
         connection,
         [(found, _anew(item, found)) for item, found in undone],
-        book=task.book,
-        further={*counted, *(each.key for item, _ in undone for each in item.moves)},
+        task,
+        further={
+            *(key for item, found in undone for key in _keys_of(_before(item, found), task.book)),
+            *(each.key for item, _ in undone for each in item.moves),
+        },
     )
-    # Under one price the count says what is carried, whatever was counted since. Else counters go back as they came.
-    recount = all(len(prices) == 1 for prices in counted.values())
-    changes = [_restored(item, found, rating, task, recount=recount) for item, found in undone]
+    changes = [_restored(item, found, rating, task) for item, found in undone]
     written = await write(connection, changes, task, heads=heads, counters=rating.moved())
     revisions = {(each.partition, each.source, each.event_id): each.to_revision for each in written.items}
     await records.undo_items(connection, [(item, revisions[item.key]) for item, _ in undone])
     following = None
     if len(items) == EVENTS_MAX:
-        following = Cursor(of=cursor.of, done=cursor.done + len(items), place=items[-1].key)
+        following = Cursor(of=cursor.of, done=cursor.done + len(items), before=items[-1].place)
     counts = {"undone": len(undone), "left": len(places) - len(undone)}
     return Slice(following, counts, written)
 
@@ -116,36 +126,35 @@ def _anew(item: RecordedItem, found: Found) -> Usage | None:
     return msgspec.structs.replace(before.usage(), revision=found.next_revision)
 
 
-def _counted(undone: Sequence[tuple[RecordedItem, Found]], book: PriceBook) -> dict[CounterKey, set[OwnPrice]]:
-    """The counters that count uses as they are, or were before, and the prices under which they do."""
-    found: dict[CounterKey, set[OwnPrice]] = {}
-    for item, use in undone:
-        for version in (use.current, _before(item, use)):
-            for share in () if version is None else counts_of(version, book).shares:
-                found.setdefault(share.key, set()).add(share.price)
-    return found
+def _keys_of(version: LoggedVersion | None, book: PriceBook) -> list[CounterKey]:
+    return [] if version is None else [share.key for share in counts_of(version, book).shares]
 
 
-def _recounted(item: RecordedItem, found: Found, rating: Rating, *, recount: bool) -> None:
-    """Have counters stand as if the correction had not been."""
+def _recount(item: RecordedItem, found: Found, rating: Rating) -> None:
+    """Have counters stand as if the correction had not been.
+
+    They go back the way they came; if they count something else by now, by what the use takes out and puts in there.
+    """
     before, current = _before(item, found), found.current
-    if recount:
+    if current is not None and not item.charged:
+        # It had waited, and was charged since.
+        rating.take_out(current)
+        current = None
+    own = [each for each in item.moves if each.at is not None]
+    if not rating.stands_at(own):
         if current is not None:
             rating.take_out(current)
         if before is not None:
             rating.put_in(before)
-        return
-    if current is not None and current.price_version is not None and not item.charged:
-        # It had waited, and was charged since.
-        rating.take_out(current)
+        own = []
     elif current is not None and (made := _version(found, item.to_revision)) is not None:
         # What was settled of it since is carried again.
         rating.carry(made, current)
-    rating.move_back(item.moves)
+    rating.move_back([*own, *(each for each in item.moves if each.at is None)])
 
 
-def _restored(item: RecordedItem, found: Found, rating: Rating, task: Task, *, recount: bool) -> Change:
-    _recounted(item, found, rating, recount=recount)
+def _restored(item: RecordedItem, found: Found, rating: Rating, task: Task) -> Change:
+    _recount(item, found, rating)
     if item.body is not None:
         event, _ = read_usage_event(item.body, bytes_max=FORWARDED_BYTES_MAX)
         last = found.waiting.revision if found.waiting is not None else item.from_revision or 0

@@ -41,6 +41,11 @@ class Place(NamedTuple):
         """The key of the use."""
         return (self.partition, self.source, self.event_id)
 
+    @property
+    def in_order(self) -> tuple[int, datetime, str, str]:
+        """Where it comes in the order of use."""
+        return (self.partition, self.occurred_at, self.source, self.event_id)
+
 
 @dataclass(frozen=True, slots=True)
 class LoggedVersion:

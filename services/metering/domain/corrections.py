@@ -172,10 +172,15 @@ def part_of(share: Share, counts: Counts, amounts: Amounts, *, exact: Decimal) -
 
 @dataclass(frozen=True, slots=True)
 class CounterMove:
-    """By how much a counter moved with the correction of a use. Undone, it moves back."""
+    """By how much a counter moved with the correction of a use. Undone, it moves back.
+
+    `at` is what was counted then: once that is something else, how it moves back is to be worked out anew. None of what
+    prices changed, which moves back as it came, whatever was counted since.
+    """
 
     key: CounterKey
     by: Counter
+    at: Decimal | None = None
 
 
 def moves(before: Counters, after: Counters) -> list[CounterMove]:
@@ -185,7 +190,7 @@ def moves(before: Counters, after: Counters) -> list[CounterMove]:
         old, new = before.get(key, NOT_COUNTED), after[key]
         by = Counter(quantity=new.quantity - old.quantity, credit=new.credit - old.credit)
         if by != NOT_COUNTED:
-            found.append(CounterMove(key, by))
+            found.append(CounterMove(key, by, at=new.quantity))
     return found
 
 

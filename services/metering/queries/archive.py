@@ -40,9 +40,9 @@ async def check_not_archived(
 
 
 async def find_archived(
-    connection: AsyncConnection[TupleRow], *, since: datetime | None, until: datetime | None
+    connection: AsyncConnection[TupleRow], *, since: datetime | None = None, until: datetime | None = None
 ) -> list[date]:
-    """The archived months that a time touches, in order."""
+    """The archived months that a time touches, in order; or all."""
     cursor = await connection.execute(
         """
         SELECT month FROM archived_months

@@ -215,11 +215,13 @@ def _refused(error: Refused, asked: Sequence[Asked]) -> Problem:
     codes = {each.code for each in error.refusals}
     status = 404 if codes == {"unknown_event"} else 422 if codes & {"invalid_data", "named_twice"} else 409
     code = codes.pop() if len(codes) == 1 else "cannot_be_corrected"
+    months = sorted({f"{each.month:%Y-%m}" for each in error.refusals if each.month is not None})
     return Problem(
         status,
         code,
         f"{len({each.index for each in error.refusals})} of {len(asked)} events cannot be corrected, and none was:"
         f" {error}",
+        members={"months": months} if months else {},
         errors=[
             {
                 "pointer": f"/body/events/{each.index}" + (f"/{each.field.replace('.', '/')}" if each.field else ""),

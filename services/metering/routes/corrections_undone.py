@@ -10,8 +10,12 @@ from services.kit.clock import now
 from services.kit.problems import Problem
 from services.kit.telemetry import get_logger
 from services.metering.correcting import records
+from services.metering.correcting.undoing import check_undoable
+from services.metering.queries.archive import PeriodArchived
+from services.metering.routes.archive import archived
 from services.metering.routes.backend import Backend, connection
 from services.metering.routes.corrections_shown import UNKNOWN, DryRun, Id, locked, not_staging, previewed, shown
+from services.metering.store import Connection
 from services.metering.translate.corrections import CorrectionView, UndoBody
 
 log = get_logger(__name__)
@@ -27,7 +31,10 @@ def add_undoing(router: APIRouter, backend: Callable[[], Backend]) -> None:
         responses={
             **UNKNOWN,
             200: {"model": CorrectionView, "description": "A dry run; or it is undone, or being undone, already"},
-            409: {"description": "It is under way; it was discarded; or it settled what a price had lowered"},
+            409: {
+                "description": "It is under way; it was discarded; it settled what a price had lowered; or use that it"
+                " corrected is archived"
+            },
         },
     )
     async def undo(
@@ -52,6 +59,8 @@ def add_undoing(router: APIRouter, backend: Callable[[], Backend]) -> None:
             if found.state in ("staging", "running"):
                 raise Problem(409, "under_way", f"the correction {id} is {found.state}: undo it once it is done")
             is_new = found.state == "done"
+            if is_new:
+                await _check(connected, id)
             if is_new and not dry_run:
                 await records.begin_undo(connected, id, by=principal.name, reason=body.reason, at=now())
         if is_new and dry_run:
@@ -63,3 +72,10 @@ def add_undoing(router: APIRouter, backend: Callable[[], Backend]) -> None:
         else:
             response.status_code = 200
         return await shown(backend(), id)
+
+
+async def _check(connection: Connection, id: str) -> None:
+    try:
+        await check_undoable(connection, id)
+    except PeriodArchived as error:
+        raise archived(error) from error

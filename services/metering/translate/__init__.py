@@ -10,6 +10,26 @@ from services.metering.translate.charges import (
     reversal_line,
     settled,
 )
+from services.metering.translate.deliveries import (
+    Late,
+    dead,
+    events_of_message,
+    partition_token_of,
+    read_account_opened,
+    read_delivery,
+    reporter_of,
+    source_of,
+    stored_at,
+)
+from services.metering.translate.logged import (
+    amended_body,
+    amended_usage,
+    logged_usage,
+    staged_usage,
+    taken_usage,
+    traceparent_of,
+    waiting_usage,
+)
 from services.metering.translate.prices import (
     InvalidVersion,
     PriceBookRow,
@@ -24,33 +44,19 @@ from services.metering.translate.prices import (
     read_version,
     stored_version,
 )
-from services.metering.translate.usage import (
-    Late,
+from services.metering.translate.reports import (
     TooOld,
-    amended_body,
-    amended_usage,
-    dead,
-    events_of_message,
-    logged_usage,
     message_id,
-    partition_token_of,
-    read_account_opened,
     read_binary_report,
-    read_delivery,
     read_report,
     redriven,
-    reporter_of,
     rerouted,
-    source_of,
-    staged_usage,
-    stored_at,
-    taken_usage,
     together,
-    traceparent_of,
-    waiting_usage,
 )
+from services.metering.translate.usage import FORWARDED_BYTES_MAX
 
 __all__ = [
+    "FORWARDED_BYTES_MAX",
     "InvalidVersion",
     "Late",
     "PriceBookRow",

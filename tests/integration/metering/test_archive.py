@@ -32,6 +32,7 @@ from services.metering.portability.archiving import ArchivedMonth, ArchiveInUse,
 from services.metering.portability.files import MANIFEST, BadArchive, find_months
 from services.metering.portability.restoring import NotTheSame, RestoredMonth, restore_usage
 from tests.conftest import Database
+from tests.integration.metering.correcting import correct, named, undo
 from tests.integration.metering.driving import Driver, Json, batch_of
 from tests.unit.metering.building import event
 
@@ -230,6 +231,39 @@ async def test_what_is_dropped_comes_back_as_it_was_and_is_answered_as_before(
     assert dump(owner) == before
     # And it may go again, without a file being written.
     assert [(each.state, each.files_written) for each in kept.archive(drop=True)] == [("dropped", 0)] * 2
+
+
+async def test_what_is_archived_is_corrected_once_it_is_restored_and_the_refusal_says_how(
+    driver: Driver, owner: Connection[TupleRow], kept: Archive
+) -> None:
+    january = [event(number, subject="acme", time="2026-01-15T12:00:00Z") for number in range(3)]
+    first, second, third = named(0, 1, 2)
+    void = {"kind": "void", "events": [first]}
+    of_account = {"kind": "void", "events": [first | {"account": "acme"}]}
+    amend = {"kind": "amend", "events": [second | {"data": january[1]["data"] | {"input_tokens": 7}}]}
+    async with driver.running() as http:
+        await driver.open("acme")
+        await driver.until_open(["acme"])
+        await driver.publish(january)
+        await driver.until_counted(new=3, charged=3)
+        await correct(http, driver, {"id": "before", "kind": "void", "events": [third]})
+        kept.archive(drop=True)
+        before = dump(owner, "usage_log", "outbox", "corrections")
+        for number, kind in enumerate((void, of_account, amend)):
+            for dry_run in (True, False):
+                asked = {"id": f"c{number}", **kind}
+                refused = await correct(http, driver, asked, status=409, dry_run=dry_run)
+                assert (refused["code"], refused["months"]) == ("archived", ["2026-01"])
+                assert "`scrip usage restore --from DIR --month 2026-01`" in refused["detail"]
+        path, body = "/api/v1/corrections/before/undo", {"reason": "a try"}
+        for query in ("?dry_run=true", ""):
+            answer = await http.post(f"{path}{query}", json=body, headers=driver.headers("operator"))
+            assert (answer.status_code, answer.json()["months"]) == (409, ["2026-01"])
+        assert dump(owner, "usage_log", "outbox", "corrections") == before
+        kept.restore(JANUARY)
+        for number, kind in enumerate((void, amend)):
+            assert (await correct(http, driver, {"id": f"c{number}", **kind}))["counts"]["corrected"] == 1
+        await undo(http, driver, "before")
 
 
 async def test_what_is_archived_again_is_only_what_changed(

@@ -8,10 +8,12 @@ from typing import Any, Final
 import httpx2
 import pytest
 
-from services.metering.correcting import backfilling, jobs
+from services.metering.correcting import backfilling, jobs, undoing
+from services.metering.correcting.settling import Settler
 from services.metering.settings import MeteringSettings
 from tests.integration.metering.correcting import add, agree, ask, correct, named, undo, until, version
 from tests.integration.metering.driving import Driver, Json
+from tests.integration.metering.test_rerating import render
 from tests.unit.metering.building import NOON, event
 
 pytestmark = pytest.mark.anyio
@@ -127,6 +129,41 @@ async def test_with_replace_a_period_holds_what_is_staged(driver: Driver) -> Non
         await stage(http, driver, "c", staged)
         await apply(http, driver, "c")
         assert await agree(http, driver) == found
+
+
+async def test_a_dry_run_counts_what_its_earlier_slices_would_have(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nothing(_: Settler) -> bool:
+        return False
+
+    # What is carried stays, and is compared.
+    monkeypatch.setattr(Settler, "round", nothing)
+    monkeypatch.setattr(backfilling, "EVENTS_MAX", 3)
+    monkeypatch.setattr(undoing, "EVENTS_MAX", 2)
+    tiers = [{"up_to": "10", "price": "1"}, {"price": "0.5"}]
+    price = {"id": "renders", "type": "render", "unit": "usd", "quantity": "n", "period": "month", "tiers": tiers}
+    async with driver.running() as http:
+        await add(http, driver, version() | {"prices": [price | {"kind": "graduated"}]})
+        await driver.open("acme-1")
+        await driver.until_open(["acme-1"])
+        await driver.publish([render(number, 3) for number in range(8)])
+        await driver.until_counted(new=8, charged=8)
+        counters = "SELECT quantity, credit FROM price_counters"
+        before, stood_at = await agree(http, driver), await driver.rows(counters)
+        await correct(http, driver, {"id": "b", **BACKFILL, "replace": True})
+        await stage(http, driver, "b", [render(number, 2) for number in range(4, 14)])
+        # `apply` compares it with its dry run.
+        done = await apply(http, driver, "b")
+        assert done["counts"] == {"events": 14, "corrected": 14, "replaced": 4}
+        (quantity, credit), *_ = await driver.rows(counters)
+        charged = (await agree(http, driver))["acme-1"]["usd"]
+        assert (quantity, charged + credit / Decimal(10**9)) == (20, 15)
+        path, body = "/api/v1/corrections/b/undo", {"reason": "a try"}
+        dry = await http.post(f"{path}?dry_run=true", json=body, headers=driver.headers("operator"))
+        assert Decimal(dry.json()["difference"]["usd"]) == before["acme-1"]["usd"] - charged
+        await undo(http, driver, "b")
+        assert (await agree(http, driver), await driver.rows(counters)) == (before, stood_at)
 
 
 async def test_what_cannot_be_staged_is_named(driver: Driver) -> None:

@@ -1,6 +1,7 @@
 """Re-rating and undoing: twice is once, in whatever slices, whoever dies; what is restored is what was, to the step."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -316,6 +317,21 @@ async def test_a_correction_has_one_row_whoever_asks_at_once(driver: Driver) -> 
     assert not await records.begin(driver.connection, asked, state="done", recorded_at=datetime.now(UTC))
 
 
+async def dry_undo(http: httpx2.AsyncClient, driver: Driver, id: str) -> Json:
+    """What undoing a correction would come to."""
+    answer = await http.post(
+        f"/api/v1/corrections/{id}/undo?dry_run=true", json={"reason": "a try"}, headers=driver.headers("operator")
+    )
+    assert answer.status_code == 200, answer.text
+    found: Json = answer.json()
+    return found
+
+
+def in_all(books: Mapping[str, Mapping[str, Decimal]]) -> Decimal:
+    """What is charged in usd."""
+    return sum((amounts.get("usd", Decimal(0)) for amounts in books.values()), Decimal(0))
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
 async def test_counts_of_a_period_go_back_the_way_they_came(
     driver: Driver, seed: int, monkeypatch: pytest.MonkeyPatch
@@ -327,6 +343,7 @@ async def test_counts_of_a_period_go_back_the_way_they_came(
 
     # What is carried stays, and is compared.
     monkeypatch.setattr(Settler, "round", nothing)
+    monkeypatch.setattr(undoing, "EVENTS_MAX", 2)
     async with driver.running() as http:
         await add(http, driver, counting("g1", days_before=25, first="1", free="3"))
         await add(http, driver, counting("g2", days_before=-60, first="2"))
@@ -361,9 +378,13 @@ async def test_counts_of_a_period_go_back_the_way_they_came(
                     # Twice is once, in whatever state the counts were.
                     assert (await rerate(http, driver, f"{id}-again", **under, **part))["difference"] == {}
             states.append((await agree(http, driver), await driver.rows(counters)))
-        # The latest first, each is as if it had never been.
+        # The latest first, each is as if it had never been; in slices, as its dry run says.
         for turn in reversed(range(8)):
-            assert states.pop()[0] == await agree(http, driver)
+            now_is, _ = states.pop()
+            assert now_is == await agree(http, driver)
+            before, stood_at = states[-1]
+            dry = await dry_undo(http, driver, f"c{turn}")
+            assert Decimal(dry["difference"].get("usd", 0)) == in_all(before) - in_all(now_is)
             assert (await undo(http, driver, f"c{turn}"))["counts"].get("left", 0) == 0
-            assert await driver.rows(counters) == states[-1][1]
+            assert await driver.rows(counters) == stood_at
         assert await agree(http, driver) == states[0][0]

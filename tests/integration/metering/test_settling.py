@@ -10,7 +10,7 @@ import httpx2
 import pytest
 
 from contracts.partition import partition_of
-from services.metering.correcting import settling
+from services.metering.correcting import settling, undoing
 from services.metering.correcting.settling import Settler
 from tests.integration.metering.correcting import add, agree, ask, correct, named, undo, until, version
 from tests.integration.metering.driving import WAIT_SECONDS_MAX, Driver, Json
@@ -222,10 +222,34 @@ async def test_a_correction_undone_after_more_use_leaves_what_all_costs(driver: 
         assert await agree(http, driver) == {"acme-1": {"usd": cost(210, 4)}}
 
 
+async def test_what_had_waited_for_a_price_is_counted_no_more_once_its_rerating_is_undone_whatever_came_since(
+    driver: Driver,
+) -> None:
+    async with driver.running() as http:
+        await add(http, driver, version("none"))
+        await begin(http, driver, "acme-1", prices=falling(days_before=5))
+        early = "2026-03-05T12:00:00Z"
+        await driver.publish([render(number, 30) | {"time": early} for number in (0, 1)])
+        await driver.publish([render(number, 30) for number in (2, 3)])
+        await driver.until_counted(new=4, charged=2, unpriced=2)
+        before = await agree(http, driver)
+        await rerate(http, driver, "r", price_version="volume")
+        await kept(driver)
+        await driver.publish([render(4, 50)])
+        await driver.until_counted(new=5, charged=5)
+        await kept(driver)
+        assert (await undo(http, driver, "r"))["counts"]["left"] == 0
+        await kept(driver)
+        await until_settled(driver)
+        assert await agree(http, driver) == {"acme-1": {"usd": cost(110, 3)}}
+        assert before == {"acme-1": {"usd": cost(60, 2)}}
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])
 async def test_whatever_is_corrected_meanwhile_what_is_charged_and_carried_is_what_all_costs(
-    driver: Driver, seed: int
+    driver: Driver, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(undoing, "EVENTS_MAX", seed)
     chance = random.Random(seed)
     accounts = ("acme-1", "acme-2")
     async with driver.running() as http, driver.running() as other:

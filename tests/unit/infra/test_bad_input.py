@@ -54,6 +54,13 @@ def test_only_what_is_at_fault_itself_is_bad_input(status: int, kind: type[Stack
     assert type(refused.value) is kind
 
 
+def test_what_is_wrong_with_events_names_each_by_its_number_among_all_and_its_field() -> None:
+    errors = [{"index": 0, "field": "id", "detail": "is missing"}, {"index": 2, "detail": "is too long"}]
+    api = answering(httpx2.Response(400, json={"detail": "see errors", "errors": errors}), [])
+    with pytest.raises(BadInput, match=r"refuses: event 1001, id: is missing; event 1003: is too long$"):
+        api.send("/events", b"[]", after=1000)
+
+
 @pytest.mark.parametrize("text", ["../../metrics", "a/../b", "..", ".", "a?b", "a#b", "a b", "a%2Fb", "ä"])
 def test_what_the_user_writes_never_leads_elsewhere(text: str) -> None:
     asked: list[httpx2.Request] = []

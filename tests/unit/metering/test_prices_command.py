@@ -74,10 +74,10 @@ def metering(monkeypatch: pytest.MonkeyPatch) -> Metering:
     return made
 
 
-def run(*arguments: str, answer: str | None = None) -> Any:
+def run(*arguments: str, answer: str | None = None, columns: int = 200) -> Any:
     app = typer.Typer()
     prices.register(app)
-    return CliRunner().invoke(app, ["prices", *arguments], input=answer, env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, ["prices", *arguments], input=answer, env={"COLUMNS": str(columns)})
 
 
 def test_nothing_is_stored_by_a_dry_run_or_without_consent(metering: Metering) -> None:
@@ -88,6 +88,15 @@ def test_nothing_is_stored_by_a_dry_run_or_without_consent(metering: Metering) -
     assert "0 removed" in dry.output
     assert run("import", answer="n\n").exit_code == 1
     assert metering.posted == []
+
+
+def test_a_difference_names_models_and_quantities_in_full_however_narrow_the_terminal_is(metering: Metering) -> None:
+    narrow = run("import", "--provider", "anthropic", "--dry-run", columns=60).output
+    cells = [[cell.strip() for cell in line.split("│")] for line in narrow.splitlines() if line.startswith("│")]
+    named = "".join(row[1] for row in cells), "".join(row[2] for row in cells)
+    assert "anthropic/claude-3-5-haiku-latest" in named[0]
+    assert "tool_calls.web_search" in named[1]
+    assert "…" not in narrow
 
 
 def test_an_import_keeps_all_other_models_and_counts_tokens_and_calls(metering: Metering) -> None:

@@ -26,7 +26,7 @@ from services.metering import translate
 from services.metering.domain.charging import Bundle, Charge
 from services.metering.domain.prices import PriceBook
 from services.metering.domain.usage import AGE_MAX, AGE_TOLERANCE, Reroute, Usage, reroute
-from services.metering.translate import Late, TooOld
+from services.metering.translate import Late, TooOld, deliveries
 from services.metering.translate import usage as usage_translation
 from tests.unit.metering.bad_reports import BAD
 from tests.unit.metering.building import NOON, USD, body, event, price_book, price_version, usage
@@ -78,7 +78,7 @@ def test_what_is_usual_is_read_as_it_is_closely(
 ) -> None:
     payload = json.dumps({name: value for name, value in event(1, **said).items() if value is not None}).encode()
     found = read(payload, **where)
-    monkeypatch.setattr(usage_translation, "_read_usual", lambda *_, **__: None)
+    monkeypatch.setattr(deliveries, "_read_usual", lambda *_, **__: None)
     assert found == read(payload, **where)
 
 
