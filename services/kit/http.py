@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
@@ -296,7 +296,11 @@ async def _on_problem(_request: Request, error: Exception) -> Response:
 async def _on_invalid_request(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     findings = [
-        {"pointer": _pointer(found["loc"]), "code": found["type"], "detail": found["msg"].removeprefix("Value error, ")}
+        {
+            "pointer": _pointer(found["loc"], body=error.body, is_missing=found["type"] == "missing"),
+            "code": found["type"],
+            "detail": found["msg"].removeprefix("Value error, "),
+        }
         for found in error.errors()
     ]
     return problem_response(
@@ -324,6 +328,21 @@ async def _on_fault(request: Request, error: Exception) -> Response:
     return problem_response(Problem(500, "fault", "the service failed on this request; the fault is logged"))
 
 
-def _pointer(location: Sequence[Any]) -> str:
-    """A place as a JSON pointer whose first token is where to look: body, query, path, header."""
-    return "".join(f"/{str(part).replace('~', '~0').replace('/', '~1')}" for part in location)
+def _pointer(location: Sequence[Any], *, body: Any, is_missing: bool) -> str:
+    """A place as a JSON pointer whose first token is where to look: body, query, path, header.
+
+    What pydantic says besides, which of several models it tried, is no part of a body's place.
+    """
+    where, *parts = location
+    if where == "body" and isinstance(body, dict | list):
+        missing = parts[-1:] if is_missing else []
+        parts = [*_there(parts[: len(parts) - len(missing)], body), *missing]
+    return "".join(f"/{str(part).replace('~', '~0').replace('/', '~1')}" for part in (where, *parts))
+
+
+def _there(parts: Sequence[Any], body: Any) -> Iterator[Any]:
+    """Those of the parts of a place that lead further into a body."""
+    for part in parts:
+        if part in body if isinstance(body, dict) else isinstance(body, list) and isinstance(part, int):
+            body = body[part]
+            yield part

@@ -7,15 +7,16 @@ import os
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from datetime import date
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import httpx2
 import pytest
 from fastapi import Depends, FastAPI
 from fastapi.routing import APIRouter
 from fastapi.testclient import TestClient
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from services.kit.auth import InvalidTokens, Principal, TokenStore, require
 from services.kit.http import Readiness, build_app
@@ -29,6 +30,21 @@ class Body(BaseModel):
 
     name: str
     number: Annotated[int, Field(gt=0)]
+
+
+class Void(BaseModel):
+    kind: Literal["void"]
+    events: list[Annotated[str, AfterValidator(str.upper)] | int]
+
+
+class Settle(BaseModel):
+    kind: Literal["settle"]
+    until: date | int
+
+
+@router.post("/corrections")
+async def correct(body: Annotated[Void | Settle, Field(discriminator="kind")]) -> str:
+    return body.kind
 
 
 @router.post("/things/{thing_id}")
@@ -136,6 +152,25 @@ def test_all_problems_of_a_request_are_named_with_their_place(client: TestClient
     errors = problem_of(answer)["errors"]
     assert isinstance(errors, list)
     assert {error["pointer"] for error in errors} == {"/path/thing_id", "/body/name", "/body/number"}
+
+
+@pytest.mark.parametrize(
+    ("body", "pointers"),
+    [
+        ({"kind": "void"}, {"/body/events"}),
+        ({"kind": "void", "events": ["e1", [2], {"void": 1}]}, {"/body/events/1", "/body/events/2"}),
+        ({"kind": "settle", "until": "soon"}, {"/body/until"}),
+        ({"kind": "settle"}, {"/body/until"}),
+        ({"kind": "undo"}, {"/body"}),
+        ([], {"/body"}),
+    ],
+)
+def test_a_place_in_a_body_leads_to_what_was_sent_whatever_it_was_tried_as(
+    client: TestClient, body: object, pointers: set[str]
+) -> None:
+    errors = problem_of(client.post("/corrections", json=body))["errors"]
+    assert isinstance(errors, list)
+    assert {error["pointer"] for error in errors} == pointers
 
 
 def test_what_is_not_json_is_a_problem_of_the_body(client: TestClient) -> None:
