@@ -412,12 +412,11 @@ def _restore_estimate(attempt: Attempt, hold: Hold, line: ChargeLine) -> tuple[l
     repaid: list[Back] = []
     now = attempt.place.recorded_at
     per_wallet: dict[tuple[str, str], int] = {}
-    for earmark in hold.earmarks.values():
+    for earmark, lot in attempt.state.earmarked(hold):
         # The earmark follows the moves.
         amount = earmark.estimated
         if not amount:
             continue
-        lot = attempt.wallet(earmark.account, earmark.unit).lots[earmark.lot]
         if lot.kind == "debt" and lot.posted + amount > 0:
             repaid += unrepay(attempt, lot, lot.posted + amount, occurred_at=now)
         attempt.do(

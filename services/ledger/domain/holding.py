@@ -155,10 +155,9 @@ def ended(
 ) -> list[Move]:
     """Release what a hold holds but for what was `taken` of it, and end it: at least one entry says so."""
     moves = []
-    for earmark in () if hold is None else hold.earmarks.values():
+    for earmark, lot in () if hold is None else state.earmarked(hold):
         left = earmark.held - taken.get(earmark.lot, 0)
         if left:
-            lot = state.accounts[earmark.account].wallets[earmark.unit].lots[earmark.lot]
             moves.append(
                 Move(
                     kind=kind,
@@ -358,9 +357,8 @@ def _estimated(state: PartitionState, hold: Hold, *, units: Units, occurred_at: 
     """Charge all that a hold holds, and end it."""
     moves: list[Move] = []
     per_wallet: dict[tuple[str, str], int] = {}
-    for earmark in hold.earmarks.values():
+    for earmark, lot in state.earmarked(hold):
         if earmark.held:
-            lot = state.accounts[earmark.account].wallets[earmark.unit].lots[earmark.lot]
             per_wallet[lot.account, lot.unit] = per_wallet.get((lot.account, lot.unit), 0) + earmark.held
             moves.append(
                 Move(

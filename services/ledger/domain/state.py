@@ -100,6 +100,11 @@ class Lot:
         """Priority, soonest expiry, kind, oldest."""
         return (self.priority, self.expires_at or NEVER, _BURN_KINDS[self.kind], self.batch, self.position)
 
+    @property
+    def use_order(self) -> tuple[bool, tuple[int, datetime, int, int, int] | tuple[int, int]]:
+        """Burn order; pseudo-lots last, from the oldest."""
+        return (False, self.burn_order) if self.kind in _BURN_KINDS else (True, self.age)
+
     def is_valid(self, at: datetime) -> bool:
         """Whether it has started and not ended. It ends at `expires_at` exactly."""
         return (self.effective_at is None or self.effective_at <= at) and (
@@ -442,6 +447,20 @@ class PartitionState:
         """The open wallet of an account, if it has one of the unit."""
         found = self.accounts.get(account)
         return None if found is None else found.wallets.get(unit)
+
+    def earmarked(self, hold: Hold) -> list[tuple[Earmark, Lot]]:
+        """What a hold still holds, or was charged as its estimate, and the lots: by wallet, as they are used up.
+
+        In one order, whether it was read or has stayed in memory: what comes back first repays first.
+        """
+        found = [
+            (each, self.accounts[each.account].wallets[each.unit].lots[each.lot])
+            for each in hold.earmarks.values()
+            if each.held or each.estimated
+        ]
+        if len(found) > 1:
+            found.sort(key=lambda each: (each[1].account, each[1].unit, each[1].use_order))
+        return found
 
     def lots(self) -> Iterator[Lot]:
         """Every lot."""

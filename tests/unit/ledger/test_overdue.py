@@ -287,3 +287,27 @@ def answered(book: Book, how: str, amount: int, *, hold: str) -> list[str]:
         case _:
             outcomes = [book.ask(late)]
     return ["done" if isinstance(outcome, list) else outcome.code for outcome in outcomes]
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+@pytest.mark.parametrize("overdue", POLICIES)
+def test_what_comes_of_a_hold_is_the_same_in_whatever_order_it_was_read(overdue: Overdue, is_read: bool) -> None:
+    book = Book()
+    book.open("acme", "usd")
+    book.grant("acme", "usd", 20, kind="purchase")
+    book.grant("acme", "usd", 4, kind="plan", priority=50)
+    hold = place(book, 24, overdue=overdue)
+    book.do(line("acme", ("usd", 1), at=book.now))
+    assert [found.kind for _, found in book.state.earmarked(book.state.holds[hold])] == ["plan", "purchase"]
+    if is_read:
+        earmarks = book.state.holds[hold].earmarks
+        for key in reversed(list(earmarks)):
+            earmarks[key] = earmarks.pop(key)
+    book.wait(15 * MINUTES)
+    since = len(book.entries)
+    book.do(ResolveHold(hold=hold, account="acme"))
+    book.do(line("acme", ("usd", 1), hold=hold, at=book.now))
+    ended = [entry.lot_kind for entry in book.entries[since:] if entry.kind in {"hold_expired", "hold_estimated"}]
+    assert ended[:2] == ["plan", "purchase"]
+    repaid = [entry.lot_kind for entry in book.entries[since:] if entry.kind == "debt_repaid"]
+    assert repaid == (["plan", "debt"] if overdue == "charge_estimate" else [])
