@@ -108,7 +108,7 @@ class Served:
         except ValidationError:
             # Nobody can say so.
             return
-        if not commands or (len(commands) > 1 and step.way != "bundle" and not all(map(is_readable, asked))):
+        if not commands or (step.way not in {"alone", "bundle"} and not all(map(is_readable, asked))):
             # A list of which a command cannot be read is not decided at all.
             return
         outcomes = self.world.do(replace(step, commands=commands))
