@@ -24,7 +24,7 @@ from services.ledger.domain.concerned import (
     wallets_of,
 )
 from services.ledger.domain.debts import unrepay
-from services.ledger.domain.entries import PSEUDO_KINDS, LotKind, Move, contra_move
+from services.ledger.domain.entries import PSEUDO_KINDS, STAND_INS, LotKind, Move, contra_move
 from services.ledger.domain.errors import (
     AccountDiffers,
     AccountNotOpen,
@@ -38,8 +38,6 @@ from services.ledger.domain.reversing import restore
 from services.ledger.domain.state import Hold, Lot, PartitionState, Wallet
 
 _NONE: Final[Mapping[str, int]] = {}
-# What holds set aside of them was not there: of a charge they take only what is still not there.
-_STAND_INS: Final = frozenset({"debt", "overage"})
 
 
 def decide_charge(state: PartitionState, line: ChargeLine, *, units: Units, place: Place) -> list[Move] | Refusal:
@@ -224,7 +222,7 @@ class _Charging:
             if not part:
                 break
             uncovered -= part
-            if lot.kind in _STAND_INS:
+            if lot.kind in STAND_INS:
                 stand_ins.append((lot, part))
                 continue
             left -= part
@@ -299,7 +297,7 @@ class _Charging:
                 if amount > 0 and (lot := wallet.lots[earmark.lot]).is_for(self.line.scope):
                     found.append((lot, amount))
         if len(found) > 1:
-            found.sort(key=_order)
+            found.sort(key=lambda each: each[0].use_order)
         return found
 
     def _usable(self, wallet: Wallet, lot: Lot, unit: Unit, at: datetime) -> int:
@@ -346,13 +344,6 @@ class _Charging:
         return None
 
 
-def _order(each: tuple[Lot, int]) -> tuple[object, ...]:
-    lot = each[0]
-    if lot.kind in PSEUDO_KINDS:
-        return (1, lot.kind in _STAND_INS, lot.age)
-    return (0, lot.burn_order)
-
-
 def _revivable(wallet: Wallet, lot: Lot) -> int:
     """What has expired of a lot; but for what may have been rolled over to the next period: that is there already."""
     rule = None if lot.rule is None else wallet.rules.get(lot.rule)
@@ -394,7 +385,7 @@ def _charge_after_estimate(
             restored={
                 lot.id: amount if lot.kind in PSEUDO_KINDS else min(amount, lot.available)
                 for lot, amount in restored
-                if lot.kind not in _STAND_INS
+                if lot.kind not in STAND_INS
             },
         )
         if not isinstance(decided, list):

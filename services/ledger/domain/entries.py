@@ -54,6 +54,8 @@ PseudoKind = Literal["debt", "overage", "uncapped"]
 LotKind = Literal[GrantedKind, PseudoKind]
 Contra = Literal["@usage", "@stripe", "@plan", "@promo", "@expired", "@adjustment"]
 PSEUDO_KINDS: Final[frozenset[str]] = frozenset(get_args(PseudoKind))
+# What holds set aside of them was not there: of a charge they take only what is still not there.
+STAND_INS: Final = frozenset({"debt", "overage"})
 # What counts, but is nothing the wallet has or owes: not in its posted and held.
 ASIDE_KINDS: Final[frozenset[str]] = frozenset({"overage", "uncapped"})
 

@@ -21,7 +21,7 @@ from services.ledger.domain.commands import (
     Threshold,
 )
 from services.ledger.domain.deadlines import Deadlines
-from services.ledger.domain.entries import ASIDE_KINDS, HeldLeg, LotKind
+from services.ledger.domain.entries import ASIDE_KINDS, PSEUDO_KINDS, STAND_INS, HeldLeg, LotKind
 from services.ledger.domain.periods import boundary
 
 Kept = TypeVar("Kept")
@@ -101,9 +101,9 @@ class Lot:
         return (self.priority, self.expires_at or NEVER, _BURN_KINDS[self.kind], self.batch, self.position)
 
     @property
-    def use_order(self) -> tuple[bool, tuple[int, datetime, int, int, int] | tuple[int, int]]:
-        """Burn order; pseudo-lots last, from the oldest."""
-        return (False, self.burn_order) if self.kind in _BURN_KINDS else (True, self.age)
+    def use_order(self) -> tuple[object, ...]:
+        """Burn order; pseudo-lots last, and of those what stands in for what was not there."""
+        return (1, self.kind in STAND_INS, self.age) if self.kind in PSEUDO_KINDS else (0, self.burn_order)
 
     def is_valid(self, at: datetime) -> bool:
         """Whether it has started and not ended. It ends at `expires_at` exactly."""
