@@ -1,13 +1,14 @@
-"""Looks for what is due where nobody asks: lots that end, periods that begin, holds past their deadline.
+"""Looks for what is due where nobody asks: lots that end or begin, periods, holds past their deadline.
 
 Nothing depends on it having run: whoever decides or reads applies the same rules. It tells the world in time.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final
+from uuid import UUID
 
 import psycopg
 from prometheus_client import Counter, Gauge
@@ -18,7 +19,7 @@ from services.kit.database import Pool
 from services.kit.telemetry import FAULTS, REGISTRY, get_logger
 from services.ledger import store
 from services.ledger.domain.commands import CatchUp, ResolveHold
-from services.ledger.handlers import Item, Result, SweepItem, Swept, cost_of
+from services.ledger.handlers import BATCH_SECONDS_MAX, Item, Result, SweepItem, Swept, cost_of
 
 log = get_logger(__name__)
 
@@ -35,6 +36,10 @@ OVERDUE_SECONDS: Final = Gauge(
 # Of the queue that others may fill: with more than that waiting the sweeper does little.
 _BUSY_SHARE: Final = 0.25
 _WHEN_BUSY_SHARE: Final = 16
+# What was granted before it begins may be committed as late as this after it was decided.
+_COMMITTED_WITHIN: Final = timedelta(seconds=BATCH_SECONDS_MAX)
+_NO_LOT: Final = UUID(int=0)
+_EVER: Final = (datetime.min.replace(tzinfo=UTC), _NO_LOT)
 
 
 class Sweeper:
@@ -60,6 +65,8 @@ class Sweeper:
         self._cost_max = cost_max
         self._busy_cost = int(batch_cost_max * _BUSY_SHARE)
         self._stopping = asyncio.Event()
+        # Of each partition, up to which time and lot it was told that lots have begun.
+        self._begun_until: dict[int, tuple[datetime, UUID]] = {}
 
     async def run(self) -> None:
         """Sweep until `stop`."""
@@ -86,26 +93,31 @@ class Sweeper:
             return False
         is_busy = self._batcher.queued_cost > self._busy_cost
         most = max(1, self._cost_max // _WHEN_BUSY_SHARE) if is_busy else self._cost_max
+        since = {partition: self._begun_until.get(partition, _EVER) for partition in partitions}
         async with self._pool.connection() as connection:
             overdue = await store.oldest_due(connection, partitions, at)
             accounts = await store.due_accounts(connection, partitions, at, most)
             holds = await store.overdue_holds(connection, partitions, at, most)
-        for what, since in zip(("account", "hold"), overdue, strict=True):
-            age = 0.0 if since is None else max(0.0, (at - since).total_seconds())
+            begun = await store.begun_lots(connection, since, at, most)
+        for what, oldest in zip(("account", "hold"), overdue, strict=True):
+            age = 0.0 if oldest is None else max(0.0, (at - oldest).total_seconds())
             OVERDUE_SECONDS.labels(what=what).set(age)
         # Holds first: what they release of a lot that has ended expires with it.
-        done = await self._do(
+        ended = await self._do(
             [SweepItem(partition, ResolveHold(hold=hold, account=account)) for partition, hold, account in holds]
         )
-        SWEPT.labels(what="hold").inc(done)
-        done_accounts = await self._do(
-            [SweepItem(partition, CatchUp(account=account)) for partition, account in accounts]
-        )
-        SWEPT.labels(what="account").inc(done_accounts)
-        return not is_busy and most in {len(holds), len(accounts)} and bool(done or done_accounts)
+        SWEPT.labels(what="hold").inc(_count_done(ended))
+        reached = dict.fromkeys([*accounts, *((lot.partition, lot.account) for lot in begun)])
+        caught_up = await self._do([SweepItem(partition, CatchUp(account=account)) for partition, account in reached])
+        SWEPT.labels(what="account").inc(_count_done(caught_up))
+        is_more = most in {len(holds), len(accounts)} and bool(_count_done(ended) or _count_done(caught_up))
+        if len(caught_up) == len(reached):
+            self._begun_until = _begun_until(since, begun, at, is_all=len(begun) < most)
+            is_more |= len(begun) == most
+        return not is_busy and is_more
 
-    async def _do(self, items: Sequence[SweepItem]) -> int:
-        """How many of the items there was something to do for. What was not done is found again."""
+    async def _do(self, items: Sequence[SweepItem]) -> list[Result]:
+        """Submit items, as many as there is room for, and wait for them. What was not done is found again."""
         futures = []
         for item in items:
             try:
@@ -113,8 +125,26 @@ class Sweeper:
             except Busy:
                 break
         results = await asyncio.gather(*futures, return_exceptions=True)
+        done = []
         for result in results:
-            if isinstance(result, Exception):
+            if isinstance(result, BaseException):
                 FAULTS.labels(place="ledger.sweeper").inc()
                 log.warning("not swept", error=repr(result))
-        return sum(isinstance(result, Swept) and result.entries > 0 for result in results)
+            else:
+                done.append(result)
+        return done
+
+
+def _count_done(results: Sequence[Result]) -> int:
+    """For how many of the items there was something to do."""
+    return sum(isinstance(result, Swept) and result.entries > 0 for result in results)
+
+
+def _begun_until(
+    since: Mapping[int, tuple[datetime, UUID]], begun: Sequence[store.Begun], at: datetime, *, is_all: bool
+) -> dict[int, tuple[datetime, UUID]]:
+    """Where to go on, once it was told of lots: behind the last, or where a grant may still be on its way."""
+    if is_all:
+        return dict.fromkeys(since, (at - _COMMITTED_WITHIN, _NO_LOT))
+    last = (begun[-1].effective_at, begun[-1].lot)
+    return {partition: max(place, last) for partition, place in since.items()}

@@ -2,6 +2,7 @@
 
 from typing import assert_never
 
+from services.ledger.domain.alerts import decide_alerts
 from services.ledger.domain.charging import decide_charge
 from services.ledger.domain.claiming import decide_claim_payment
 from services.ledger.domain.commands import (
@@ -82,7 +83,9 @@ def decide(  # noqa: PLR0911, PLR0912 - one case for each command
             return decide_end_rule(state, command, units=units, place=place)
         case ChangePlan():
             return decide_change_plan(state, command, units=units, place=place)
-        case CatchUp():
-            return []
+        case CatchUp(account=account):
+            # Time alone may have raised a balance: what was granted for later has begun.
+            found = state.accounts.get(account)
+            return [] if found is None else decide_alerts(found.wallets.values(), place=place)
         case _:
             assert_never(command)

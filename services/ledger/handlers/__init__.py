@@ -18,8 +18,10 @@ from services.ledger.handlers.items import (
     cost_of,
 )
 from services.ledger.handlers.ledger import Ledger
+from services.ledger.handlers.needs import BATCH_SECONDS_MAX
 
 __all__ = [
+    "BATCH_SECONDS_MAX",
     "BundleItem",
     "CommandItem",
     "Conflicting",

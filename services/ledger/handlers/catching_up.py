@@ -14,6 +14,7 @@ from services.ledger.domain.commands import (
     ReverseCharge,
     VoidGrant,
 )
+from services.ledger.domain.decide import decide
 from services.ledger.domain.draft import Transaction
 from services.ledger.domain.due import decide_due, next_due
 from services.ledger.domain.entries import Move
@@ -30,6 +31,10 @@ def sweep(work: Work, item: SweepItem) -> Swept:
     match item.command:
         case CatchUp(account=account):
             catch_up(work, (account,), overdue_before(work, (account,), ()))
+            transaction = work.draft.begin()
+            told = decide(work.draft.state, item.command, units=work.units, place=transaction.place)
+            if isinstance(told, list) and told:
+                _record_due(work, told, transaction, account)
         case ResolveHold():
             # Of all that are overdue the sweeper asks in order: what was due after this one waits for the next.
             catch_up(work, (), overdue_before(work, (), (item.command,)))

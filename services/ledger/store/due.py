@@ -1,9 +1,21 @@
 """What is due, or overdue, in the tables: for the sweeper, and for who watches it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
+from uuid import UUID
 
 from services.ledger.store.executing import Connection
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A lot that was granted for later, and has begun."""
+
+    partition: int
+    account: str
+    effective_at: datetime
+    lot: UUID
 
 
 async def due_accounts(
@@ -49,3 +61,32 @@ async def oldest_due(
     )
     accounts, holds = await cursor.fetchone() or (None, None)
     return accounts, holds
+
+
+async def begun_lots(
+    connection: Connection, since: Mapping[int, tuple[datetime, UUID]], at: datetime, limit: int
+) -> list[Begun]:
+    """Lots granted for later that began by a time, in wallets whose owners were told that they are low: the first ones.
+
+    `since`: where to begin in each partition, behind which (time, lot).
+    """
+    cursor = await connection.execute(
+        """
+        SELECT t.partition, t.account, t.effective_at, t.lot_id
+        FROM unnest(%s::smallint[], %s::timestamptz[], %s::uuid[]) AS k (partition, since, lot_id)
+        JOIN lots t ON t.partition = k.partition AND (t.effective_at, t.lot_id) > (k.since, k.lot_id)
+        JOIN wallets w ON w.partition = t.partition AND w.account = t.account AND w.unit = t.unit AND w.low <> '[]'
+        WHERE t.effective_at > t.recorded_at AND t.effective_at <= %s AND NOT t.spent
+        ORDER BY t.effective_at, t.lot_id LIMIT %s
+        """,
+        [
+            list(since),
+            [begun for begun, _ in since.values()],
+            [lot for _, lot in since.values()],
+            at,
+            limit,
+        ],
+    )
+    return [
+        Begun(int(partition), str(account), begun, lot) for partition, account, begun, lot in await cursor.fetchall()
+    ]

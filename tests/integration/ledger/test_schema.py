@@ -26,6 +26,7 @@ INDEXES = {
     "journal_statement": "statements, balances of the past, totals, exports",
     "lots_of_past": "lots for late charges",
     "lots_of_reference": "claims; statements by reference",
+    "lots_to_begin": "lots granted for later that have begun: the sweeper",
     "lots_of_wallet": "an account's lots",
     "reversals_of_time": "the reversals of a transaction",
 }

@@ -147,6 +147,43 @@ async def test_many_accounts_are_swept_some_at_a_time(driver: Driver, database: 
         assert replay(database.url("ledger_owner")).is_equal
 
 
+async def test_lots_granted_for_later_recover_their_wallets_when_they_begin_without_anybody_asking(
+    driver: Driver, database: Database
+) -> None:
+    """Some at a time, all at the same moment; those that begin while no ledger runs are told when one does again."""
+    settings = driver.settings.model_copy(update={"sweep_seconds": 0.05, "sweep_cost_max": 4})
+    driver = replace(driver, settings=settings)
+    accounts = [f"org{number}" for number in range(10)]
+    crossings = "SELECT count(*) FROM journal WHERE kind = 'balance_crossed'"
+
+    def later(account: str, key: str, begins: datetime) -> words.Grant:
+        return words.Grant(idempotency_key=key, account=account, unit="usd", amount="5", effective_at=begins)
+
+    async with driver.running():
+        began = time.monotonic()
+        for account in accounts:
+            await driver.funded(account, "1")
+            await driver.accepted(
+                words.Charge(idempotency_key=account, line=charge_line("e", account=account, usd="1"))
+            )
+        begins = datetime.now(tz=UTC) + timedelta(seconds=2 * (time.monotonic() - began))
+        for account in accounts:
+            await driver.accepted(later(account, f"l{account}", begins))
+        assert await driver.facts(words.BalanceRecovered) == []
+        await driver.until(crossings, 2 * len(accounts))
+        told = [fact for fact in await driver.facts(words.BalanceRecovered) if isinstance(fact, words.BalanceRecovered)]
+        assert sorted(fact.account for fact in told) == accounts
+        assert {fact.available for fact in told} == {usd("5")}
+        assert min(fact.recorded_at for fact in told) >= begins
+        await driver.accepted(words.Charge(idempotency_key="c", line=charge_line("f", account="org0", usd="5")))
+        begins = datetime.now(tz=UTC) + timedelta(seconds=1)
+        await driver.accepted(later("org0", "again", begins))
+    await asyncio.sleep(1)
+    async with driver.running():
+        await driver.until(crossings, 2 * len(accounts) + 2)
+    assert replay(database.url("ledger_owner")).is_equal
+
+
 async def test_a_charge_of_long_ago_counts_in_its_own_period_though_its_lot_is_long_gone(
     driver: Driver, database: Database
 ) -> None:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from services.ledger.domain.commands import ChangePlan, SetRule, SetWallet, Threshold, WalletTerms
 from services.ledger.domain.entries import BalanceCrossed
+from tests.unit.ledger.book import Book
 from tests.unit.ledger.test_due import ACCOUNT, BEGIN, FEBRUARY, MARCH, Clockwork, ledger, monthly, only_lot
 
 TEN = Threshold(amount=10)
@@ -102,6 +103,31 @@ def test_a_renewal_recovers() -> None:
     clockwork.use("tokens", only_lot(clockwork, "tokens").id, 100)
     clockwork.catch_up(FEBRUARY)
     assert crossings(clockwork) == [(None, True, 0), (None, False, 100)]
+
+
+def test_a_lot_granted_for_later_recovers_when_it_begins_and_once() -> None:
+    book = Book()
+    book.open("acme", "usd")
+    book.grant("acme", "usd", 5, expires_at=book.now + timedelta(hours=1))
+    book.wait(timedelta(hours=1))
+    book.catch_up()
+    book.grant("acme", "usd", 20, effective_at=book.now + timedelta(hours=1))
+    book.catch_up()
+    assert _told(book) == [(True, 0)]
+    book.wait(timedelta(hours=1))
+    for _ in range(2):
+        book.catch_up()
+        assert _told(book) == [(True, 0), (False, 20)]
+    book.restart()
+    book.catch_up()
+    assert _told(book) == [(True, 0), (False, 20)]
+    assert book.replayed() == book.tables
+    assert not book.breaches()
+
+
+def _told(book: Book) -> list[tuple[bool, int]]:
+    found = (entry.details for entry in book.entries)
+    return [(each.is_low, each.available) for each in found if isinstance(each, BalanceCrossed)]
 
 
 def test_a_change_of_plan_is_no_crossing() -> None:

@@ -470,10 +470,16 @@ class World:
             self.check_lot(lot, concerned)
         for hold in {entry.hold for entry in new if entry.hold is not None}:
             self.check_hold(hold)
-        for key in {(entry.account, entry.unit) for entry in new if entry.unit and not is_contra(entry.account)}:
+        moved = {(entry.account, entry.unit) for entry in new if entry.unit and not is_contra(entry.account)}
+        for key in moved | self.caught_up(commands):
             self.check_alerts(key)
         if any(isinstance(command, ClaimPayment | Grant | ReverseCharge) for command in commands) or self.has_claims():
             self.check_claims({root(command.account) for command in commands})
+
+    def caught_up(self, commands: Iterable[Command]) -> set[Key]:
+        """The wallets of which is told what time alone has done to them."""
+        names = {command.account for command in commands if isinstance(command, CatchUp)}
+        return {key for key in self.model.wallets if key[0] in names}
 
     def check_times_and_scope(self, entry: Entry, commands: Sequence[Command]) -> None:
         """A lot is not used before its start, nor outside its scope; what is set aside of it, not after its end."""
