@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from contracts.partition import PARTITION_COUNT, token
+from contracts.partition import GROUP_COUNT, GROUP_SIZE, partitions_of, token
 
 GIBIBYTE: Final = 1 << 30
 
@@ -44,7 +44,7 @@ class Consumer:
     stream: str
     durable: str
     service: str
-    filter_subject: str
+    filter_subjects: tuple[str, ...]
     ack_wait_seconds: int = 30
     # At least four times what a reader asks for at once, or every fetch waits for its whole time-out.
     ack_pending_max: int = 20_000
@@ -89,9 +89,9 @@ STREAMS: Final = (
 )
 
 
-def charges_consumer(partition: int) -> str:
-    """The durable through which the owner of a partition reads that partition's charges, in number order."""
-    return f"ledger-{token(partition)}"
+def charges_consumer(group: int) -> str:
+    """The durable through which the owner of a group of partitions reads their charges, each's in number order."""
+    return f"ledger-charges-{group}"
 
 
 METERING_CONSUMER: Final = "metering"
@@ -104,7 +104,7 @@ CONSUMERS: Final = (
         stream=USAGE,
         durable=METERING_CONSUMER,
         service="metering",
-        filter_subject="usage.v1.*.*",
+        filter_subjects=("usage.v1.*.*",),
         # Several processes share it, each with some 15,000 in hand; what a killed one had waits that long.
         ack_wait_seconds=10,
         ack_pending_max=60_000,
@@ -112,27 +112,28 @@ CONSUMERS: Final = (
     *(
         Consumer(
             stream=CHARGES,
-            durable=charges_consumer(partition),
+            durable=charges_consumer(group),
             service="ledger",
-            filter_subject=f"metering.v1.{token(partition)}.>",
-            ack_pending_max=1_000,
+            filter_subjects=tuple(f"metering.v1.{token(partition)}.>" for partition in partitions_of(group)),
+            # A partition whose charges conflict keeps some of it until somebody has found out.
+            ack_pending_max=1_000 * GROUP_SIZE,
             # How long a partition's charges wait after its owner died with some of them in hand.
             ack_wait_seconds=10,
         )
-        for partition in range(PARTITION_COUNT)
+        for group in range(GROUP_COUNT)
     ),
     Consumer(
         stream=LEDGER,
         durable=METERING_DIRECTORY_CONSUMER,
         service="metering",
-        filter_subject="ledger.v1.*.account.opened",
+        filter_subjects=("ledger.v1.*.account.opened",),
         ack_pending_max=1_000,
     ),
     Consumer(
         stream=STRIPE,
         durable=BILLING_STRIPE_CONSUMER,
         service="billing",
-        filter_subject="billing.v1.stripe.received",
+        filter_subjects=("billing.v1.stripe.received",),
         ack_wait_seconds=10,
         ack_pending_max=1_000,
     ),
@@ -140,7 +141,7 @@ CONSUMERS: Final = (
         stream=PAYMENTS,
         durable=LEDGER_PAYMENTS_CONSUMER,
         service="ledger",
-        filter_subject="billing.v1.*.payment.*",
+        filter_subjects=("billing.v1.*.payment.*",),
         ack_wait_seconds=10,
         ack_pending_max=1_000,
     ),

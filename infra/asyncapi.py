@@ -100,7 +100,7 @@ def receivers(address: str) -> tuple[str, ...]:
     reading = {
         consumer.service
         for consumer in CONSUMERS
-        if consumer.stream == stream and overlaps(consumer.filter_subject, pattern)
+        if consumer.stream == stream and any(overlaps(subject, pattern) for subject in consumer.filter_subjects)
     }
     hearing = {user.name for user in USERS if _matches(address, (*user.answers, *user.listens))}
     return tuple(sorted(reading | hearing))
@@ -170,7 +170,7 @@ def _operations() -> dict[str, Document]:
             durables = [
                 consumer.durable
                 for consumer in CONSUMERS
-                if consumer.service == service and overlaps(consumer.filter_subject, pattern_of(address))
+                if consumer.service == service and _matches(address, consumer.filter_subjects)
             ]
             operations[f"{service}_receives_{channel}"] = _operation("receive", address, service) | {
                 "x-durable-consumers": durables

@@ -185,7 +185,7 @@ def consumer_config(consumer: Consumer) -> ConsumerConfig:
     """How a consumer of the contract is configured."""
     return ConsumerConfig(
         durable_name=consumer.durable,
-        filter_subject=consumer.filter_subject,
+        **_filter(consumer.filter_subjects),
         deliver_policy=DeliverPolicy.ALL,
         ack_policy=AckPolicy.EXPLICIT,
         ack_wait=consumer.ack_wait_seconds,
@@ -193,6 +193,11 @@ def consumer_config(consumer: Consumer) -> ConsumerConfig:
         # For ever: a consumer that gives up skips money in silence.
         max_deliver=-1,
     )
+
+
+def _filter(subjects: tuple[str, ...]) -> dict[str, Any]:
+    """NATS tells one as one."""
+    return {"filter_subject": subjects[0]} if len(subjects) == 1 else {"filter_subjects": list(subjects)}
 
 
 async def lags(jetstream: JetStreamContext) -> Mapping[tuple[str, str], tuple[int, int]]:

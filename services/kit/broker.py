@@ -78,8 +78,9 @@ async def disconnect(broker: NatsBroker, client: Client) -> None:
 
 def pull_subscriber(broker: NatsBroker, settings: ServiceSettings, *, consumer: Consumer) -> PullStreamSubscriber:
     """FastStream's subscriber on a provisioned durable, one message at a time, in order."""
+    (subject,) = consumer.filter_subjects
     return broker.subscriber(
-        consumer.filter_subject,
+        subject,
         stream=JStream(consumer.stream, declare=False),
         durable=consumer.durable,
         pull_sub=PullSub(batch_size=1, timeout=5.0),

@@ -1,7 +1,7 @@
 """Partition leases: at most one owner per partition believes in it at a time, and an epoch unmasks one that is late.
 
-The lease only avoids useless work. What makes a deposed owner harmless is that every commit is conditional on the
-partition's head row, which carries the epoch.
+They are shared out by groups, whose charges have one consumer. The lease only avoids useless work: what makes a deposed
+owner harmless is that every commit is conditional on the partition's head row, which carries the epoch.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from typing import Final
 import psycopg
 from sqlalchemy import TIMESTAMP, BigInteger, Column, MetaData, SmallInteger, Table, Text
 
-from contracts.partition import PARTITION_COUNT
+from contracts.partition import GROUP_COUNT, GROUP_SIZE, PARTITION_COUNT, group_of
 from services.kit.database import Writer
 from services.kit.telemetry import FAULTS, LEASES_HELD, get_logger
 
@@ -63,14 +63,18 @@ def owner_name(service: str) -> str:
 
 
 def fair_share(members: int) -> int:
-    """How many partitions one of `members` may hold."""
-    return -(-PARTITION_COUNT // max(members, 1))
+    """How many partitions one of `members` may hold: whole groups."""
+    return GROUP_SIZE * -(-GROUP_COUNT // max(members, 1))
 
 
 def surplus(held: Mapping[int, int], *, members: int) -> list[int]:
-    """Which of the partitions held (with their epochs) are too many: those acquired last."""
-    too_many = len(held) - fair_share(members)
-    return sorted(held, key=lambda partition: (held[partition], partition))[-too_many:] if too_many > 0 else []
+    """Which of the partitions held (with their epochs) are too many: those of the groups acquired last."""
+    acquired: dict[int, int] = {}
+    for partition, epoch in held.items():
+        group = group_of(partition)
+        acquired[group] = max(acquired.get(group, 0), epoch)
+    staying = sorted(acquired, key=lambda group: (acquired[group], group))[: fair_share(members) // GROUP_SIZE]
+    return [partition for partition in held if group_of(partition) not in staying]
 
 
 @dataclass(slots=True)
@@ -187,7 +191,13 @@ class LeaseKeeper:
                     await connection.execute(_SEED, [PARTITION_COUNT])
                 cursor = await connection.execute(
                     _ACQUIRE,
-                    {"owner": self._owner, "ttl": self._ttl_seconds, "held": list(before), "room": room},
+                    {
+                        "owner": self._owner,
+                        "ttl": self._ttl_seconds,
+                        "held": list(before),
+                        "room": room,
+                        "size": GROUP_SIZE,
+                    },
                 )
                 acquired = {int(partition): int(epoch) for partition, epoch in await cursor.fetchall()}
         self._seeded = True
@@ -297,15 +307,25 @@ INSERT INTO leases (partition, epoch, expires_at)
 SELECT partition, 0, '-infinity' FROM generate_series(0, %s - 1) AS p (partition) ON CONFLICT DO NOTHING
 """
 
-# What is free, not renewed in time, or was this owner's own until it lost faith.
-# Two that look for leases at once pass over each other's.
+# What is free, not renewed in time, or was this owner's own until it lost faith; of a group all that is not held, or
+# nothing. Two that look for leases at once pass over each other's.
 _ACQUIRE = """
-WITH free AS (
+WITH groups AS (
+    SELECT partition / %(size)s AS number FROM leases GROUP BY 1
+    HAVING bool_and(owner IS NULL OR expires_at < clock_timestamp() OR owner = %(owner)s)
+), found AS (
     SELECT partition FROM leases
-    WHERE (owner IS NULL OR expires_at < clock_timestamp() OR owner = %(owner)s)
+    WHERE partition / %(size)s IN (SELECT number FROM groups)
+      AND (owner IS NULL OR expires_at < clock_timestamp() OR owner = %(owner)s)
       -- One that has just been lost is given up first, and won again next time.
       AND NOT partition = ANY (%(held)s::smallint[])
     ORDER BY partition LIMIT %(room)s FOR NO KEY UPDATE SKIP LOCKED
+), free AS (
+    SELECT partition FROM found
+    WHERE partition / %(size)s IN (
+        SELECT partition / %(size)s FROM (SELECT partition FROM found UNION ALL SELECT unnest(%(held)s::smallint[])) f
+        GROUP BY 1 HAVING count(*) = %(size)s
+    )
 )
 UPDATE leases l
 SET owner = %(owner)s, epoch = l.epoch + 1, expires_at = clock_timestamp() + make_interval(secs => %(ttl)s)

@@ -173,7 +173,7 @@ class Trimmer:
             ack_floor=info.ack_floor.stream_seq,
             pending=info.num_pending,
             unacknowledged=info.num_ack_pending,
-            reads_all=stream.subjects == (consumer.filter_subject,),
+            reads_all=stream.subjects == consumer.filter_subjects,
         )
 
     async def _ask(self, subject: str, shape: type[Answer], question: object = None) -> Answer:

@@ -19,7 +19,7 @@ from prometheus_client import Gauge
 from pydantic import ValidationError
 
 from contracts import ledger as words
-from contracts.partition import partition_of, token
+from contracts.partition import GROUP_SIZE, group_of, partition_of, token
 from contracts.streams import CHARGES, CONSUMERS, LEDGER_PAYMENTS_CONSUMER, charges_consumer
 from services.kit import dead_letters, tracing
 from services.kit.batcher import Batcher, Busy, Fault, Stopped
@@ -234,23 +234,30 @@ class ChargesSubscriber:
         self._units = units
         self._pool = pool
         self._reader = PullReader(
-            client, stream=CHARGES, ack_wait_seconds=ack_wait_seconds, batch_size_max=BUNDLES_PER_PARTITION_MAX
+            client,
+            stream=CHARGES,
+            ack_wait_seconds=ack_wait_seconds,
+            batch_size_max=BUNDLES_PER_PARTITION_MAX * GROUP_SIZE,
         )
+        self._owned: set[int] = set()
         self._in_flight = asyncio.Semaphore(READS_IN_FLIGHT_MAX)
         self._settling: set[asyncio.Task[None]] = set()
         self._stopping = False
 
     async def own(self, partitions: Iterable[int]) -> None:
-        """Begin to read partitions."""
-        for partition in partitions:
-            await self._reader.add(charges_consumer(partition))
+        """Begin to read partitions: the groups that they are of."""
+        self._owned.update(partitions)
+        for group in {group_of(partition) for partition in self._owned}:
+            await self._reader.add(charges_consumer(group))
 
     async def disown(self, partitions: Iterable[int]) -> None:
-        """Read partitions no longer; what is buffered is given back."""
+        """Read no longer the groups of which no partition is owned any more; what is buffered is given back."""
         leaving = list(partitions)
         for partition in leaving:
             CHARGES_STOPPED.labels(partition=token(partition)).set(0)
-        await asyncio.gather(*(self._reader.remove(charges_consumer(partition)) for partition in leaving))
+        self._owned.difference_update(leaving)
+        groups = {group_of(partition) for partition in leaving} - {group_of(partition) for partition in self._owned}
+        await asyncio.gather(*(self._reader.remove(charges_consumer(group)) for group in groups))
 
     async def run(self) -> None:
         """Read until `stop`. One task runs it."""
@@ -326,7 +333,8 @@ class ChargesSubscriber:
                         log.error("a bundle is missing before this one", subject=message.subject, expected=expected)
                     await self._reader.nak([message], delay_seconds=min(GAP_SECONDS * 2 ** min(deliveries, 10), 5.0))
                 case NotOwner():
-                    await self._reader.nak([message])
+                    # Its group may be read here for another partition's sake.
+                    await self._reader.nak([message], delay_seconds=GAP_SECONDS)
                 case Conflicting():
                     await self._stop_partition(message)
                 case _:

@@ -90,7 +90,7 @@ def test_every_subject_of_streams_users_and_consumers_has_a_channel() -> None:
     addresses = [pattern_of(channel["address"]) for channel in DOCUMENT["channels"].values() if channel["address"]]
     known = [
         *(subject for stream in STREAMS for subject in stream.subjects),
-        *(consumer.filter_subject for consumer in CONSUMERS),
+        *(subject for consumer in CONSUMERS for subject in consumer.filter_subjects),
         *(subject for user in USERS if user.name != OPERATOR for subject in (*user.publishes, *user.answers)),
     ]
     for subject in known:

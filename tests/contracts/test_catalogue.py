@@ -42,7 +42,7 @@ def test_every_subject_is_named() -> None:
     subjects = [pattern for pattern in documented if "." in pattern and ".v1." in pattern]
     known = [
         *(subject for stream in STREAMS for subject in stream.subjects),
-        *(consumer.filter_subject for consumer in CONSUMERS),
+        *(subject for consumer in CONSUMERS for subject in consumer.filter_subjects),
         *(subject for user in USERS if user.name != OPERATOR for subject in (*user.publishes, *user.answers)),
     ]
     for subject in known:
@@ -77,7 +77,7 @@ def test_each_row_names_who_sends_and_who_reads() -> None:
 
 def test_every_durable_is_named() -> None:
     for consumer in CONSUMERS:
-        assert f"`{re.sub(r'-[0-9]{2}$', '-<pp>', consumer.durable)}`" in README
+        assert f"`{re.sub(r'-[0-9]$', '-<g>', consumer.durable)}`" in README
 
 
 def test_the_numbers_are_those_of_the_code() -> None:

@@ -103,7 +103,7 @@ def test_what_nats_refuses_keeps_nothing_else_from_being_repaired(driven: Driven
     driven.do(drift)
     found = driven.provision(repair=True)
     assert [each.where for each in found.refusals] == [STRIPE]
-    assert found.repaired == {KEYS, "CHARGES/ledger-00"}
+    assert found.repaired == {KEYS, "CHARGES/ledger-charges-0"}
     assert found.created == ("STRIPE/billing-stripe",)
     assert not found.is_complete
     again = driven.provision()
@@ -124,7 +124,7 @@ def test_the_command_tells_every_difference_in_words_and_ends_with_one_sentence(
         "limits",
         "max ack pending",
         "7",
-        "1,000",
+        "8,000",
     ):
         assert words in said
     assert "<RetentionPolicy" not in said

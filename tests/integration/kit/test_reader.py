@@ -12,6 +12,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js.api import ConsumerConfig
 
+from contracts.partition import GROUP_SIZE, PARTITION_COUNT, group_of
 from contracts.streams import CHARGES, charges_consumer, charges_rated_subject
 from infra.servers import EmbeddedNats
 from services.kit import reader as reading
@@ -69,11 +70,11 @@ async def test_everything_is_read_in_order_and_acknowledged(
 ) -> None:
     await publish_charges(range(3000))
     reader = PullReader(ledger, stream=CHARGES, ack_wait_seconds=30, batch_size_max=200)
-    await reader.add(charges_consumer(7))
+    await reader.add(charges_consumer(group_of(7)))
     assert [number_of(message) for message in await read_all(reader, 3000)] == list(range(3000))
     assert await reader.next_batch(timeout_seconds=0.1) == []
     await ledger.flush()
-    info = await operator_nats.jetstream().consumer_info(CHARGES, charges_consumer(7))
+    info = await operator_nats.jetstream().consumer_info(CHARGES, charges_consumer(group_of(7)))
     assert (info.num_ack_pending, info.num_pending) == (0, 0)
     # The pull request in waiting serves what is published later.
     await publish_charges(range(3000, 3010))
@@ -86,7 +87,7 @@ async def test_a_batch_is_bounded_by_number_and_bytes(
 ) -> None:
     await publish_charges(range(30), payload=b"x" * 1000)
     reader = PullReader(ledger, stream=CHARGES, ack_wait_seconds=30)
-    await reader.add(charges_consumer(7))
+    await reader.add(charges_consumer(group_of(7)))
     assert len(await reader.next_batch(messages_max=1, bytes_max=10)) == 1
     await asyncio.sleep(0.1)
     assert len(await reader.next_batch(messages_max=5)) == 5
@@ -99,7 +100,7 @@ async def test_a_refused_message_comes_again_after_its_delay_and_a_terminated_on
 ) -> None:
     await publish_charges(range(3))
     reader = PullReader(ledger, stream=CHARGES, ack_wait_seconds=30)
-    await reader.add(charges_consumer(7))
+    await reader.add(charges_consumer(group_of(7)))
     first = [*(await reader.next_batch())]
     while len(first) < 3:
         first += await reader.next_batch()
@@ -119,10 +120,10 @@ async def test_a_refused_message_comes_again_after_its_delay_and_a_terminated_on
 async def test_several_durables_are_read_together_each_in_order(
     ledger: Client, publish_charges: Callable[..., asyncio.Future[None]]
 ) -> None:
-    partitions = range(8)
+    partitions = range(0, PARTITION_COUNT, GROUP_SIZE)
     reader = PullReader(ledger, stream=CHARGES, ack_wait_seconds=30, batch_size_max=50)
     for partition in partitions:
-        await reader.add(charges_consumer(partition))
+        await reader.add(charges_consumer(group_of(partition)))
     await asyncio.gather(*(publish_charges(range(300), partition=partition) for partition in partitions))
     found = await read_all(reader, 300 * len(partitions))
     for partition in partitions:
@@ -234,14 +235,14 @@ async def test_what_is_buffered_of_a_removed_durable_is_given_back_at_once(
     await publish_charges(range(100))
     await publish_charges(range(10), partition=8)
     reader = PullReader(ledger, stream=CHARGES, ack_wait_seconds=30)
-    await reader.add(charges_consumer(7))
-    await reader.add(charges_consumer(8))
+    await reader.add(charges_consumer(group_of(7)))
+    await reader.add(charges_consumer(group_of(8)))
     await asyncio.sleep(0.2)
-    await reader.remove(charges_consumer(7))
-    await reader.remove(charges_consumer(7))
-    assert reader.durables == {charges_consumer(8)}
+    await reader.remove(charges_consumer(group_of(7)))
+    await reader.remove(charges_consumer(group_of(7)))
+    assert reader.durables == {charges_consumer(group_of(8))}
     other = PullReader(ledger, stream=CHARGES, ack_wait_seconds=30)
-    await other.add(charges_consumer(7))
+    await other.add(charges_consumer(group_of(7)))
     assert {number_of(message) for message in await read_all(other, 100, seconds=2)} == set(range(100))
     assert {message.subject for message in await read_all(reader, 10)} == {charges_rated_subject(8)}
     await publish_charges(range(100, 110))
@@ -272,7 +273,7 @@ async def test_who_stops_waits_for_nothing_any_more(
     ledger: Client, publish_charges: Callable[..., asyncio.Future[None]]
 ) -> None:
     reader = PullReader(ledger, stream=CHARGES, ack_wait_seconds=30)
-    await reader.add(charges_consumer(7))
+    await reader.add(charges_consumer(group_of(7)))
     waiting = asyncio.create_task(reader.next_batch(timeout_seconds=100))
     await asyncio.sleep(0.1)
     assert not waiting.done()
@@ -304,7 +305,7 @@ async def test_a_lost_pull_request_is_noticed(
     reader = PullReader(ledger, stream=CHARGES, ack_wait_seconds=30, expires_seconds=0.2)
     with monkeypatch.context() as lossy:
         lossy.setattr(ledger, "publish", vanish)
-        await reader.add(charges_consumer(7))
+        await reader.add(charges_consumer(group_of(7)))
     await publish_charges(range(5))
     assert len(await read_all(reader, 5, seconds=4)) == 5
     await reader.close()
@@ -314,10 +315,10 @@ async def test_reading_goes_on_after_the_consumer_was_deleted_and_made_again(
     ledger: Client, operator_nats: Client, publish_charges: Callable[..., asyncio.Future[None]]
 ) -> None:
     reader = PullReader(ledger, stream=CHARGES, ack_wait_seconds=30)
-    await reader.add(charges_consumer(7))
+    await reader.add(charges_consumer(group_of(7)))
     jetstream = operator_nats.jetstream()
-    config = (await jetstream.consumer_info(CHARGES, charges_consumer(7))).config
-    await jetstream.delete_consumer(CHARGES, charges_consumer(7))
+    config = (await jetstream.consumer_info(CHARGES, charges_consumer(group_of(7)))).config
+    await jetstream.delete_consumer(CHARGES, charges_consumer(group_of(7)))
     assert await reader.next_batch(timeout_seconds=1.0) == []
     await jetstream.add_consumer(CHARGES, config)
     await publish_charges(range(5))
@@ -336,8 +337,8 @@ async def test_nothing_is_lost_when_the_server_is_killed_while_reading(
         await publish_batch(publisher, stream=CHARGES, messages=numbered(range(total // 2), partition=partition))
     await publisher.close()
     reader = PullReader(client, stream=CHARGES, ack_wait_seconds=30, batch_size_max=100)
-    await reader.add(charges_consumer(7))
-    await reader.add(charges_consumer(8))
+    await reader.add(charges_consumer(group_of(7)))
+    await reader.add(charges_consumer(group_of(8)))
     found: dict[str, list[int]] = {charges_rated_subject(7): [], charges_rated_subject(8): []}
     distinct: set[tuple[str, int]] = set()
     killed = False

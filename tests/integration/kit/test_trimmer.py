@@ -70,17 +70,17 @@ async def test_what_is_acknowledged_goes_and_the_rest_stays(nats_account: NatsAc
 
 
 async def test_consumers_with_nothing_to_read_hold_nothing_up(nats_account: NatsAccount, operator_nats: Client) -> None:
-    """Charges are read by one consumer per partition; most partitions here never have one."""
+    """Charges are read by one consumer per group of partitions; most groups here never have one."""
     metering, ledger = await nats_account.connect("metering"), await nats_account.connect("ledger")
     for partition, count in (("05", 30), ("41", 20)):
         messages = [Message(f"metering.v1.{partition}.charges.rated", b"x" * 100, None) for _ in range(count)]
         await publish_batch(metering, stream=CHARGES, messages=messages)
     everything = stream(CHARGES, keep_bytes_max=0)
     assert await trimmed(ledger, everything, service="ledger") == 0
-    await acknowledge(ledger, CHARGES, "ledger-05", messages=30)
+    await acknowledge(ledger, CHARGES, "ledger-charges-0", messages=30)
     # That of partition 41 has never moved: nothing says that what lies before its first message is not for it.
     assert await trimmed(ledger, everything, service="ledger") == 0
-    await acknowledge(ledger, CHARGES, "ledger-41", messages=20)
+    await acknowledge(ledger, CHARGES, "ledger-charges-5", messages=20)
 
     async def trims() -> bool:
         return await trimmed(ledger, everything, service="ledger") == 50
@@ -137,9 +137,9 @@ async def test_a_consumer_that_is_missing_keeps_everything(nats_account: NatsAcc
     metering, ledger = await nats_account.connect("metering"), await nats_account.connect("ledger")
     messages = [Message("metering.v1.05.charges.rated", b"x" * 100, None) for _ in range(20)]
     await publish_batch(metering, stream=CHARGES, messages=messages)
-    await acknowledge(ledger, CHARGES, "ledger-05", messages=20)
-    await operator_nats.jetstream(timeout=5).delete_consumer(CHARGES, "ledger-63")
-    with pytest.raises(TrimFailed, match="ledger-63"):
+    await acknowledge(ledger, CHARGES, "ledger-charges-0", messages=20)
+    await operator_nats.jetstream(timeout=5).delete_consumer(CHARGES, "ledger-charges-7")
+    with pytest.raises(TrimFailed, match="ledger-charges-7"):
         await trimmed(ledger, stream(CHARGES, keep_bytes_max=0), service="ledger")
     assert await stored(operator_nats, CHARGES) == 20
     await metering.close()

@@ -15,12 +15,13 @@ from nats.aio.client import Client
 
 from contracts import ledger as words
 from contracts.money import Unit
-from contracts.partition import PARTITION_COUNT, partition_of
+from contracts.partition import PARTITION_COUNT, group_of, partition_of
 from contracts.streams import CHARGES, CONSUMERS, charges_consumer
 from infra.provision import consumer_config
 from services.kit.clock import now
 from services.kit.database import Writer
 from services.kit.ids import new_hold_id
+from services.kit.leases import fair_share
 from services.kit.outbox import OutboxRow
 from services.ledger import store
 from services.ledger.audit_sql import audit
@@ -61,7 +62,7 @@ async def until_owned(driver: Driver, *, owners: int) -> None:
     # Processes that have just been started share few processors with whatever else runs.
     statement = "SELECT count(DISTINCT owner) FROM leases WHERE expires_at > clock_timestamp()"
     await driver.until(statement, owners, seconds=60)
-    share = -(-PARTITION_COUNT // owners)
+    share = fair_share(owners)
     await driver.until(
         "SELECT bool_and(held <= %s) AND sum(held) = %s FROM (SELECT count(*) AS held FROM leases"
         " WHERE owner IS NOT NULL AND expires_at > clock_timestamp() GROUP BY owner) l",
@@ -74,8 +75,8 @@ async def until_owned(driver: Driver, *, owners: int) -> None:
 async def redeliver_soon(operator_nats: Client) -> None:
     """What a killed process was reading comes again after 2 s, not after half a minute."""
     jetstream = operator_nats.jetstream()
-    for partition in {partition_of(root) for root in ROOTS}:
-        durable = charges_consumer(partition)
+    for group in {group_of(partition_of(root)) for root in ROOTS}:
+        durable = charges_consumer(group)
         wanted = next(each for each in CONSUMERS if each.durable == durable)
         await jetstream.add_consumer(CHARGES, replace(consumer_config(wanted), ack_wait=2))
 

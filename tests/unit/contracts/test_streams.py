@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from contracts.envelope import SourceName
-from contracts.partition import PARTITION_COUNT, token
+from contracts.partition import GROUP_COUNT, PARTITION_COUNT, group_of, token
 from contracts.streams import (
     CHARGES,
     CONSUMERS,
@@ -69,7 +69,7 @@ def subjects_of(user: User) -> list[str]:
 def every_pattern() -> list[str]:
     return [
         *(subject for stream in STREAMS for subject in stream.subjects),
-        *(consumer.filter_subject for consumer in CONSUMERS),
+        *(subject for consumer in CONSUMERS for subject in consumer.filter_subjects),
         *(subject for user in USERS for subject in (*permissions(user).publish, *permissions(user).subscribe)),
     ]
 
@@ -112,7 +112,8 @@ def test_limits_are_possible() -> None:
 def test_each_consumers_filter_lies_in_its_stream() -> None:
     subjects = {stream.name: stream.subjects for stream in STREAMS}
     for consumer in CONSUMERS:
-        assert any(covers(subject, consumer.filter_subject) for subject in subjects[consumer.stream])
+        for filtered in consumer.filter_subjects:
+            assert any(covers(subject, filtered) for subject in subjects[consumer.stream])
         assert any(user.name == consumer.service for user in SERVICES)
         assert re.fullmatch(r"[a-z0-9-]+", consumer.durable)
     assert len({(consumer.stream, consumer.durable) for consumer in CONSUMERS}) == len(CONSUMERS)
@@ -120,10 +121,15 @@ def test_each_consumers_filter_lies_in_its_stream() -> None:
 
 def test_each_partitions_charges_have_one_consumer() -> None:
     charges = [consumer for consumer in CONSUMERS if consumer.stream == CHARGES]
-    assert len(charges) == PARTITION_COUNT
+    assert len(charges) == GROUP_COUNT
     for partition in range(PARTITION_COUNT):
-        matching = [consumer for consumer in charges if meet(consumer.filter_subject, charges_rated_subject(partition))]
-        assert [consumer.durable for consumer in matching] == [charges_consumer(partition)]
+        matching = [
+            consumer.durable
+            for consumer in charges
+            for subject in consumer.filter_subjects
+            if meet(subject, charges_rated_subject(partition))
+        ]
+        assert matching == [charges_consumer(group_of(partition))]
 
 
 @given(partitions, sources)
