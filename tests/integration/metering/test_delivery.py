@@ -273,11 +273,9 @@ async def test_what_postgres_cannot_store_of_a_message_is_dead_lettered_alone(
     await driver.publish(event(number) for number in range(100, 120))
     async with subscriber(driver):
         await eventually(lambda: acknowledged(driver), seconds=15)
-    assert {name: count for name, count in (await driver.counters()).items() if count} == {
-        "new": 119,
-        "charged": 119,
-        "dead": 1,
-    }
+    # On a slow machine halves that succeeded are delivered again while others are tried.
+    counted = {name: count for name, count in (await driver.counters()).items() if count and name != "duplicate"}
+    assert counted == {"new": 119, "charged": 119, "dead": 1}
     (letter,) = await list_letters(driver.connection, limit=10)
     assert letter.payload == body(13, subject="acme-1")
     assert len(await driver.charged()) == 119
