@@ -657,7 +657,7 @@ async def test_what_was_commanded_is_read_over_http_with_its_causes_and_shown_by
         (["statement", "acme"], "charged"),
         (["transaction", charged.transaction], "@usage"),
         (["charge", "demo", "event/1"], "event/1"),
-        (["holds", "acme"], "until"),
+        (["holds", "acme"], "There are no open holds."),
         (["totals", "acme"], "granted"),
         (["tree", "acme"], "acme/key"),
     ):
