@@ -53,6 +53,8 @@ TRACEPARENT: Final = "traceparent"
 # The path an event took says nothing about what happened: a retry may travel under another trace, or in another mode.
 # What `datacontenttype` says is known: it can only say one thing, and binary mode always does.
 _NOT_CONTENT: Final = frozenset({SERVER_FILLED, TRACEPARENT, "tracestate", "datacontenttype"})
+# How CloudEvents say data that is no JSON, which use always is.
+_DATA_BASE64: Final = "data_base64"
 # Event types with this prefix are ours: one that is not known is a mistake.
 _OURS: Final = "scrip."
 
@@ -445,7 +447,7 @@ def _problems(error: ValidationError) -> tuple[Problem, ...]:
         messages.setdefault(_field(found["loc"], found["type"]), []).append(
             _message(found["loc"], found["type"], found["msg"])
         )
-    problems = [Problem(field, ", or ".join(alternatives)) for field, alternatives in messages.items()]
+    problems = [Problem(field, ", or ".join(dict.fromkeys(alternatives))) for field, alternatives in messages.items()]
     if len(problems) > PROBLEMS_MAX:
         left_out = Problem("", f"and {len(problems) - PROBLEMS_MAX} more problems")
         problems = [*problems[:PROBLEMS_MAX], left_out]
@@ -465,6 +467,10 @@ def _readable(name: str) -> str:
 
 
 def _message(loc: tuple[int | str, ...], kind: str, message: str) -> str:
+    if loc[:1] == (_DATA_BASE64,):
+        return "data in base64 is not supported: send the use as a JSON object in `data`"
+    if kind == "string_pattern_mismatch" and len(loc) == 1 and loc[0] not in OtherEvent.model_fields:
+        return "an attribute has a name of 1 to 20 characters, all of them a-z or 0-9"
     if loc == ("type",) and kind == "literal_error":
         return f"unknown event type: of {_OURS}* known is {MODEL_USED}"
     return message.removeprefix("Value error, ")

@@ -5,10 +5,9 @@ from typing import Annotated
 import httpx2
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from infra.errors import StackError
+from infra.listing import show_rows
 from infra.service_api import Json, NotFound, ServiceApi, in_path
 
 alias = typer.Typer(
@@ -74,12 +73,8 @@ def list_aliases(
 ) -> None:
     """Show names and the accounts they stand for."""
     page = _directory().page(limit=limit, after=after)
-    table = Table("subject", "account", "since", "by")
-    for each in page["aliases"]:
-        cells = (each["subject"], each["account"], each["recorded_at"], each["recorded_by"])
-        # Text: what came from outside is never taken for markup.
-        table.add_row(*(Text(cell, overflow="fold") for cell in cells))
-    Console().print(table if page["aliases"] else "There are no aliases.")
+    rows = [(each["subject"], each["account"], each["recorded_at"], each["recorded_by"]) for each in page["aliases"]]
+    show_rows(Console(), ("subject", "account", "since", "by"), rows, otherwise="There are no aliases.")
     if page["next_after"]:
         _say(f"more: --after {page['next_after']}")
 

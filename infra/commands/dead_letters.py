@@ -5,10 +5,11 @@ from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from infra.errors import BadInput, StackError
+from infra.listing import Row, show_rows
 from infra.service_api import NotFound, ServiceApi, in_path
 
 SERVICES: Final = ("metering", "ledger")
@@ -69,7 +70,7 @@ def list_letters(
     limit: Annotated[int, typer.Option(min=1, help="How many of each service at most.")] = 50,
 ) -> None:
     """List dead letters, newest first."""
-    table = Table("service", Column("id", no_wrap=True), "received", "subject", "why", "handed in again")
+    rows: list[Row] = []
     more = False
     for desk in _desks(service):
         for number, letter in enumerate(desk.letters(redriven=redriven)):
@@ -77,11 +78,11 @@ def list_letters(
                 more = True
                 break
             again = f"{letter['redriven_at']} by {letter['redriven_by']}" if letter["redriven_at"] else ""
-            # Text: what came from outside is never taken for markup.
-            cells = (letter["id"], letter["received_at"][:19], letter["subject"], letter["reason"], again)
-            table.add_row(desk.service, *(Text(cell, overflow="fold") for cell in cells))
+            received = f"{letter['received_at'][:19]}Z"
+            rows.append((desk.service, letter["id"], received, letter["subject"], letter["reason"], again))
     console = Console()
-    console.print(table if table.row_count else "There are no dead letters.")
+    names = ("service", "id", "received", "subject", "why", "handed in again")
+    show_rows(console, names, rows, prose=("subject", "why"), otherwise="There are no dead letters.")
     if more:
         console.print("There are more: see --limit.")
 

@@ -5,17 +5,18 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from infra import state
 from infra.errors import BadInput, StackError
+from infra.listing import Row, show_rows
 from infra.service_api import Json, ServiceApi, in_path
 from infra.supervisor import Stack
+
+NO_WALLETS: Final = "It has no wallets."
 
 Key = Annotated[
     str | None,
@@ -43,7 +44,7 @@ def account(
     body = {"account": path, "wallets": [{"unit": unit} for unit in wallet or ()]}
     reply = _command("/v1/accounts", body, key=key)
     wallets = f" with a wallet of {', '.join(wallet)}" if wallet else ""
-    Console().print(f"{path} is open{wallets} ({reply['transaction']})", markup=False, highlight=False)
+    Console().print(f"{path} is open{wallets} ({reply['transaction']})", markup=False, highlight=False, soft_wrap=True)
 
 
 def grant(
@@ -59,7 +60,9 @@ def grant(
     body = {"account": path, "amount": amount, "unit": unit, "kind": kind, "reference": reference}
     reply = _command("/v1/grants", body, key=key)
     said = "had been granted" if reply["replayed"] else "granted"
-    Console().print(f"{amount} {unit} {said} to {path} ({reply['transaction']})", markup=False, highlight=False)
+    Console().print(
+        f"{amount} {unit} {said} to {path} ({reply['transaction']})", markup=False, highlight=False, soft_wrap=True
+    )
 
 
 def balance(
@@ -73,35 +76,26 @@ def balance(
     found = ServiceApi.running("ledger").get(f"/v1/balances/{in_path(path)}", query)
     console = Console()
     if world_at:
-        posted = Table("unit", "posted", title=f"{found['account']} by what had occurred at {found['world_at']}")
-        for wallet in found["wallets"]:
-            posted.add_row(wallet["unit"], wallet["posted"])
-        console.print(posted)
+        title = f"{found['account']} by what had occurred at {found['world_at']}"
+        posted = [(wallet["unit"], wallet["posted"]) for wallet in found["wallets"]]
+        show_rows(console, ("unit", "posted"), posted, title=title, otherwise=NO_WALLETS)
         return
     names = ("unit", "policy", "posted", "held", "frozen", "available", "debt", "overage", "uncapped")
-    table = Table(*names, title=f"{found['account']} at {found['as_of']}")
-    lots = Table("lot", "unit", "kind", "granted", "left", "held", "expires", "reference")
-    coming = Table("when", "unit", "what")
+    wallets = [[wallet[name] or "" for name in names] for wallet in found["wallets"]]
+    show_rows(console, names, wallets, title=f"{found['account']} at {found['as_of']}", otherwise=NO_WALLETS)
+    lots, coming = [], []
+    of_lot = ("kind", "granted", "posted", "held", "expires_at", "reference")
     for wallet in found["wallets"]:
-        table.add_row(*(wallet[name] or "" for name in names))
-        for lot in wallet["lots"]:
-            lots.add_row(
-                lot["lot"],
-                wallet["unit"],
-                lot["kind"],
-                lot["granted"],
-                lot["posted"],
-                lot["held"],
-                lot["expires_at"] or "",
-                lot["reference"] or "",
-            )
-        for end in wallet["expiries"]:
-            coming.add_row(end["at"], wallet["unit"], f"{end['amount']} of {end['lot']} expire")
-        for renewal in wallet["renewals"]:
-            coming.add_row(renewal["at"], wallet["unit"], f"{renewal['amount']} are granted by {renewal['rule']}")
-    for each in (table, lots, coming):
-        if each is table or each.row_count:
-            console.print(each)
+        lots += [[lot["lot"], wallet["unit"], *(lot[name] or "" for name in of_lot)] for lot in wallet["lots"]]
+        coming += [(end["at"], wallet["unit"], f"{end['amount']} of {end['lot']} expire") for end in wallet["expiries"]]
+        coming += [
+            (each["at"], wallet["unit"], f"{each['amount']} are granted by {each['rule']}")
+            for each in wallet["renewals"]
+        ]
+    if lots:
+        show_rows(console, ("lot", "unit", "kind", "granted", "left", "held", "expires", "reference"), lots)
+    if coming:
+        show_rows(console, ("when", "unit", "what"), coming)
 
 
 def statement(
@@ -120,19 +114,11 @@ def statement(
     """Show the entries of an account's wallets, newest first, with the balance after each."""
     query = _given(unit=unit, kind=kind, since=since, until=until, reference=reference, before=before)
     page = ServiceApi.running("ledger").get(f"/v1/statements/{in_path(path)}", {"limit": str(limit), **query})
-    table = Table("occurred", "what", "unit", "posted", "held", "balance", "lot")
-    for entry in page["entries"]:
-        table.add_row(
-            entry["occurred_at"],
-            entry["kind"],
-            entry["unit"],
-            entry["posted"],
-            entry["held"],
-            entry["balance"],
-            entry["lot_kind"] or "",
-        )
+    of_entry = ("occurred_at", "kind", "unit", "posted", "held", "balance", "lot_kind")
+    rows = [[entry[name] or "" for name in of_entry] for entry in page["entries"]]
     console = Console()
-    console.print(table)
+    names = ("occurred", "what", "unit", "posted", "held", "balance", "lot")
+    show_rows(console, names, rows, otherwise="There are no entries.")
     if page["next_before"]:
         console.print(f"more: --before {page['next_before']}", markup=False, highlight=False, soft_wrap=True)
 
@@ -147,12 +133,12 @@ def transaction(transaction_id: Annotated[str, typer.Argument(help="Its id: txn_
     if found["bundle"] is not None:
         console.print(f"bundle {found['bundle']} of charges", highlight=False)
     _show_lines(console, found["lines"], found["reversals"])
-    table = Table("entry", "what", "account", "unit", "posted", "held", "lot")
-    for entry in found["entries"]:
-        place = f"{entry['batch']}/{entry['position']}"
-        cells = (entry[name] or "" for name in ("kind", "account", "unit", "posted", "held", "lot_kind"))
-        table.add_row(place, *cells)
-    console.print(table)
+    of_entry = ("kind", "account", "unit", "posted", "held", "lot_kind")
+    rows = [
+        [f"{entry['batch']}/{entry['position']}", *(entry[name] or "" for name in of_entry)]
+        for entry in found["entries"]
+    ]
+    show_rows(console, ("entry", "what", "account", "unit", "posted", "held", "lot"), rows)
 
 
 def charge(
@@ -167,39 +153,35 @@ def charge(
 def _show_lines(console: Console, lines: list[dict[str, Any]], reversals: list[dict[str, Any]]) -> None:
     """Charge lines with what was given back of them; and what was given back of others."""
     if lines:
-        console.print(_lines(lines))
+        names = ("event", "account", "occurred", "charged", "paid by", "given back")
+        show_rows(console, names, [*map(_line, lines)])
     given_back = [*reversals, *(reversal for line in lines for reversal in line["reversals"])]
     if given_back:
-        console.print(_reversals(given_back))
+        names = ("given back of", "when", "amount", "to", "reason", "correction")
+        show_rows(console, names, [*map(_reversal, given_back)], prose=("reason",))
 
 
-def _reversals(reversals: list[dict[str, Any]]) -> Table:
-    table = Table("given back of", "when", "amount", "to", "reason", "correction")
-    for reversal in reversals:
-        table.add_row(
-            f"{reversal['event_id']} {reversal['revision'] or ''}",
-            reversal["recorded_at"],
-            "\n".join(f"{each['amount']} {each['unit']}" for each in reversal["split"]),
-            "\n".join(each["account"] for each in reversal["split"]),
-            escape(reversal["reason"] or ""),
-            escape(reversal["correction"] or ""),
-        )
-    return table
+def _reversal(reversal: dict[str, Any]) -> Row:
+    return (
+        f"{reversal['event_id']} {reversal['revision'] or ''}".rstrip(),
+        reversal["recorded_at"],
+        "\n".join(f"{each['amount']} {each['unit']}" for each in reversal["split"]),
+        "\n".join(each["account"] for each in reversal["split"]),
+        reversal["reason"] or "",
+        reversal["correction"] or "",
+    )
 
 
-def _lines(lines: list[dict[str, Any]]) -> Table:
-    table = Table("event", "account", "occurred", "charged", "paid by", "given back")
-    for line in lines:
-        back = [part for reversal in line["reversals"] for part in reversal["split"]]
-        table.add_row(
-            f"{line['event_id']} {line['revision'] or ''}",
-            line["account"],
-            line["occurred_at"],
-            "\n".join(f"{each['amount']} {each['unit']}" for each in line["amounts"]),
-            "\n".join(f"{each['amount']} {each['unit']} {each['account']} {each['lot']}" for each in line["split"]),
-            "\n".join(f"{each['amount']} {each['unit']} {each['lot']}" for each in back),
-        )
-    return table
+def _line(line: dict[str, Any]) -> Row:
+    back = [part for reversal in line["reversals"] for part in reversal["split"]]
+    return (
+        f"{line['event_id']} {line['revision'] or ''}".rstrip(),
+        line["account"],
+        line["occurred_at"],
+        "\n".join(f"{each['amount']} {each['unit']}" for each in line["amounts"]),
+        "\n".join(f"{each['amount']} {each['unit']} {each['account']} {each['lot']}" for each in line["split"]),
+        "\n".join(f"{each['amount']} {each['unit']} {each['lot']}" for each in back),
+    )
 
 
 def holds(
@@ -210,12 +192,17 @@ def holds(
 ) -> None:
     """Show open holds, oldest first."""
     page = ServiceApi.running("ledger").get("/v1/holds", {"account": path, "limit": str(limit), **_given(after=after)})
-    table = Table("hold", "account", "until", "held")
-    for hold in page["holds"]:
-        held = "\n".join(f"{each['held']} {each['unit']} {each['account']}" for each in hold["wallets"])
-        table.add_row(hold["hold"], hold["account"], hold["expires_at"], held)
+    rows = [
+        (
+            hold["hold"],
+            hold["account"],
+            hold["expires_at"] or "",
+            "\n".join(f"{each['held']} {each['unit']} {each['account']}" for each in hold["wallets"]),
+        )
+        for hold in page["holds"]
+    ]
     console = Console()
-    console.print(table)
+    show_rows(console, ("hold", "account", "until", "held"), rows, otherwise="There are no open holds.")
     if page["next_after"]:
         console.print(f"more: --after {page['next_after']}", markup=False, highlight=False, soft_wrap=True)
 
@@ -224,10 +211,8 @@ def totals(path: Annotated[str, typer.Argument(help="The account.")]) -> None:
     """Show what was ever granted, charged, given back, expired and clawed back on an account's wallets."""
     found = ServiceApi.running("ledger").get(f"/v1/totals/{in_path(path)}")
     names = ("granted", "charged", "reversed", "expired", "voided", "clawed_back", "adjusted", "transferred", "posted")
-    table = Table("unit", *names)
-    for each in found["units"]:
-        table.add_row(each["unit"], *(each[name] for name in names))
-    Console().print(table)
+    rows = [[each["unit"], *(each[name] for name in names)] for each in found["units"]]
+    show_rows(Console(), ("unit", *names), rows, otherwise=NO_WALLETS)
 
 
 def tree(
@@ -239,12 +224,13 @@ def tree(
     """Show the accounts of a tree with their wallets."""
     page = ServiceApi.running("ledger").get(f"/v1/trees/{in_path(root)}", {"limit": str(limit), **_given(after=after)})
     names = ("unit", "policy", "posted", "held", "available", "debt", "overage")
-    table = Table("account", *names)
-    for account in page["accounts"]:
-        for wallet in account["wallets"] or [dict.fromkeys(names, "")]:
-            table.add_row(account["account"], *(wallet[name] for name in names))
+    rows = [
+        [account["account"], *(wallet[name] for name in names)]
+        for account in page["accounts"]
+        for wallet in account["wallets"] or [dict.fromkeys(names, "")]
+    ]
     console = Console()
-    console.print(table)
+    show_rows(console, ("account", *names), rows)
     if page["next_after"]:
         console.print(f"more: --after {page['next_after']}", markup=False, highlight=False, soft_wrap=True)
 
@@ -261,11 +247,9 @@ def limits(
     query = {"share": share, "limit": str(limit), **_given(root=root, unit=unit, after=after)}
     page = ServiceApi.running("ledger").get("/v1/limits", query)
     names = ("account", "unit", "policy", "limit", "used", "share", "held", "available", "overage", "renews_at")
-    table = Table(*names)
-    for each in page["limits"]:
-        table.add_row(*(each[name] or "" for name in names))
+    rows = [[each[name] or "" for name in names] for each in page["limits"]]
     console = Console()
-    console.print(table)
+    show_rows(console, names, rows)
     if page["next_after"]:
         console.print(f"more: --after {page['next_after']}", markup=False, highlight=False, soft_wrap=True)
 

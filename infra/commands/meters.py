@@ -12,10 +12,9 @@ from typing import Annotated, Final
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from infra.errors import BadInput
+from infra.listing import show_rows
 from infra.service_api import Json, Query, ServiceApi, in_path
 
 _DATE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
@@ -45,22 +44,19 @@ def list_meters(
     *, deleted: Annotated[bool, typer.Option("--deleted", help="Also those that were deleted.")] = False
 ) -> None:
     """Show the meters, each as its newest version has it."""
-    table = Table("meter", "version", "what", "event type", "groups", "said by")
-    table.columns[0].no_wrap = True
-    for column in table.columns:
-        column.overflow = "fold"
-    found = json.loads(_read("/api/v1/meters", {"pageSize": 1000, "includeDeleted": deleted}))
-    for each in found:
-        gone = " (deleted)" if "deletedAt" in each else ""
-        table.add_row(
-            Text(each["slug"] + gone),
+    rows = [
+        (
+            each["slug"] + (" (deleted)" if "deletedAt" in each else ""),
             str(each["version"]),
-            Text(f"{each['aggregation']} {each.get('valueProperty', '')}"),
-            Text(each["eventType"]),
-            Text(", ".join(each.get("groupBy", {}))),
-            Text(each["source"]),
+            f"{each['aggregation']} {each.get('valueProperty', '')}",
+            each["eventType"],
+            ", ".join(each.get("groupBy", {})),
+            each["source"],
         )
-    Console().print(table if found else "There are no meters.")
+        for each in json.loads(_read("/api/v1/meters", {"pageSize": 1000, "includeDeleted": deleted}))
+    ]
+    names = ("meter", "version", "what", "event type", "groups", "said by")
+    show_rows(Console(), names, rows, prose=("groups",), otherwise="There are no meters.")
 
 
 @meters.command("show")
@@ -132,11 +128,7 @@ def _show(rows: Sequence[Json], *, as_csv: bool) -> None:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerows([["from", "to", *names, "value"], *cells])
         return
-    table = Table("from", "to", *names)
-    table.add_column("value", justify="right")
-    for each in cells:
-        table.add_row(*(Text(cell) for cell in each))
-    Console().print(table if rows else "Nothing was used.")
+    show_rows(Console(), ("from", "to", *names, "value"), cells, numbers=("value",), otherwise="Nothing was used.")
 
 
 def _time(text: str | None) -> str | None:

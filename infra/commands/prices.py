@@ -22,6 +22,7 @@ from contracts.pricing import PRICE_DECIMALS_MAX, PRICE_MAX, STANDARD_TIERS
 from contracts.times import Time
 from contracts.usage import ModelName, ProviderName
 from infra.errors import BadInput, StackError
+from infra.listing import show_rows
 from infra.service_api import Json, ServiceApi
 
 if TYPE_CHECKING:
@@ -256,11 +257,11 @@ _COUNTING: Final[Sequence[Json]] = (
 @prices.command("list")
 def list_versions() -> None:
     """List the versions of the price book, in the order in which they take effect."""
-    table = Table("id", "takes effect", "recorded", "by", "models")
-    for each in _metering().get("/api/v1/price-book/versions")["versions"]:
-        cells = (each["id"], each["effective_at"], each["recorded_at"], each["source"], str(each["models"]))
-        table.add_row(*map(Text, cells))
-    Console().print(table)
+    rows = [
+        (each["id"], each["effective_at"], each["recorded_at"], each["source"], str(each["models"]))
+        for each in _metering().get("/api/v1/price-book/versions")["versions"]
+    ]
+    show_rows(Console(), ("id", "takes effect", "recorded", "by", "models"), rows, numbers=("models",))
 
 
 @prices.command("show")
@@ -370,19 +371,18 @@ def show_receipt(
     place = "no line of its own"
     if bundle is not None:
         place = f"partition {bundle['partition']}, bundle {bundle['number']}, line {bundle['line']}"
-    table = Table(
-        "quantity", "count", "price", "tier", "exact", title=f"{event}, under {found['price_version']}: {place}"
+    items = [
+        (each["quantity"], str(each["count"]), _shown(each), each["tier"] or "", f"{each['exact']} {each['unit']}")
+        for each in found["items"]
+    ]
+    title = f"{event}, under {found['price_version']}: {place}"
+    show_rows(
+        console,
+        ("quantity", "count", "price", "tier", "exact"),
+        items,
+        title=title,
+        otherwise="Nothing of it has a price.",
     )
-    for each in found["items"]:
-        cells = (
-            each["quantity"],
-            str(each["count"]),
-            _shown(each),
-            each["tier"] or "",
-            f"{each['exact']} {each['unit']}",
-        )
-        table.add_row(*map(Text, cells))
-    console.print(table)
     for each in found["amounts"]:
         rounded = "" if each["exact"] is None else f" = {each['exact']}, rounded by {each['rounding']}"
         console.print(f"{each['amount']} {each['unit']}{rounded}", markup=False, highlight=False, soft_wrap=True)

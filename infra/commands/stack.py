@@ -16,6 +16,7 @@ from rich.text import Text
 from contracts.streams import OPERATOR
 from infra import leftovers, state, supervisor
 from infra.errors import StackError
+from infra.listing import show_rows
 from infra.provision import Provisioned, in_words, lags, operator
 from infra.state import Layout, Run
 from infra.supervisor import Managed, Stack
@@ -43,21 +44,19 @@ def status() -> None:
     run = state.needed_run(layout)
     console = Console()
     stack = _running(layout, run)
-    table = Table("what", "process", "port", "state")
-    table.add_row("supervisor", str(run.supervisor), "", "running")
+    rows = [("supervisor", str(run.supervisor), "", "running")]
     complete = True
     for title, port in (("PostgreSQL", "postgres"), ("NATS", "nats")):
         pid = run.processes.get(title)
         complete &= pid is not None
-        table.add_row(title, str(pid or ""), str(run.ports[port]), "running" if pid else "down")
+        rows.append((title, str(pid or ""), str(run.ports[port]), "running" if pid else "down"))
     for service in stack.services:
         why = supervisor.unready(stack.service_url(service.name))
         complete &= why is None
-        table.add_row(
-            service.name, str(run.processes.get(service.name, "")), str(run.ports[service.name]), why or "ready"
-        )
-    console.print(table)
-    console.print(_lag_table(stack))
+        pid = run.processes.get(service.name)
+        rows.append((service.name, str(pid or ""), str(run.ports[service.name]), why or "ready"))
+    show_rows(console, ("what", "process", "port", "state"), rows, prose=("state",))
+    _show_lags(console, stack)
     raise typer.Exit(0 if complete else 1)
 
 
@@ -153,7 +152,7 @@ def _running(layout: Layout, run: Run) -> Stack:
     return Stack(layout=layout, ports=run.ports, credentials=state.load_credentials(layout))
 
 
-def _lag_table(stack: Stack) -> Table:
+def _show_lags(console: Console, stack: Stack) -> None:
     """Per stream and reader; a reader with a consumer per partition is one row."""
 
     async def read() -> dict[tuple[str, str], tuple[int, int]]:
@@ -163,9 +162,9 @@ def _lag_table(stack: Stack) -> Table:
     sums: defaultdict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
     for (stream, durable), waiting in asyncio.run(read()).items():
         sums[stream, durable.rstrip("0123456789").rstrip("-")].append(waiting)
-    table = Table("stream", "reader", "consumers", "waiting", "unacknowledged")
-    for (stream, reader), rows in sums.items():
-        table.add_row(
-            stream, reader, str(len(rows)), str(sum(row[0] for row in rows)), str(sum(row[1] for row in rows))
-        )
-    return table
+    rows = [
+        (stream, reader, str(len(found)), str(sum(each[0] for each in found)), str(sum(each[1] for each in found)))
+        for (stream, reader), found in sums.items()
+    ]
+    counts = ("consumers", "waiting", "unacknowledged")
+    show_rows(console, ("stream", "reader", *counts), rows, numbers=counts)

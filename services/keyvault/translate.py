@@ -28,6 +28,7 @@ from services.keyvault.domain.errors import (
 )
 from services.keyvault.domain.keyring import Keyring
 from services.kit.outbox import OutboxRow
+from services.kit.query import UNKNOWN_PARAMETER
 
 # What Postgres has no text for, and what has no place in a name.
 PLAIN_TEXT: Final = r"^[^\x00-\x1f\x7f]+$"
@@ -127,12 +128,14 @@ _OWN_CHECK: Final = "value_error"
 
 
 def findings(errors: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """What pydantic found, without anything of what was sent: no value, no unknown member's name."""
+    """What pydantic found, without anything of what was sent: no value, no name that is not ours."""
     found = []
     for error in errors:
         location = error["loc"]
         if error["type"] == "extra_forbidden":
             found.append(Finding(_pointer(location[:-1]), error["type"], "there is a member that is not known here"))
+        elif error["type"] == UNKNOWN_PARAMETER:
+            found.append(Finding("/query", error["type"], error["msg"]))
         elif error["type"] == "json_invalid":
             found.append(Finding("/body", error["type"], "the body is not JSON"))
         elif error["type"] == _OWN_CHECK:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import uvicorn
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from services.kit import tracing
 from services.kit.auth import TokenStore
 from services.kit.problems import Problem, problem_response
+from services.kit.query import OwnQueryRouter, check_parameters
 from services.kit.settings import ServiceSettings
 from services.kit.telemetry import FAULTS, HTTP_REQUESTS, HTTP_SECONDS, REGISTRY, get_logger
 
@@ -111,7 +112,11 @@ def build_app(
     routers: Sequence[APIRouter] = (),
     body_bytes_max: int = BODY_BYTES_MAX,
 ) -> FastAPI:
-    """The HTTP application of a service. Does no I/O: the tokens file is read when the first request needs it."""
+    """The HTTP application of a service. Does no I/O: the tokens file is read when the first request needs it.
+
+    A query parameter that a route does not read is refused, but for an OwnQueryRouter's, and for health and metrics:
+    who watches may add what he likes.
+    """
 
     @asynccontextmanager
     async def traced(app: FastAPI) -> AsyncIterator[None]:
@@ -141,7 +146,8 @@ def build_app(
     app.add_middleware(RequestSpans)
     app.include_router(_operations(name, readiness))
     for router in routers:
-        app.include_router(router)
+        reads_by_itself = isinstance(router, OwnQueryRouter)
+        app.include_router(router, dependencies=[] if reads_by_itself else [Depends(check_parameters)])
     return app
 
 

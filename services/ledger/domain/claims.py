@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain
 from typing import assert_never
 
 from services.ledger.domain.attempt import Attempt
@@ -70,16 +71,6 @@ def claimed_payment(attempt: Attempt, lot: Lot) -> Payment | None:
     return payment if payment is not None and payment.claims else None
 
 
-def is_awaited(wallet: Wallet, lot: Lot) -> bool:
-    """Whether claims wait for what holds hold of a lot, or of another of its wallet for the same payment."""
-    if lot.reference is None or lot.kind in PSEUDO_KINDS:
-        return False
-    return any(
-        (each.pending or each.pending_frozen) and each.reference == lot.reference and each.kind == lot.kind
-        for each in wallet.lots.values()
-    )
-
-
 def claw_released(
     state: PartitionState,
     moves: Sequence[Move],
@@ -94,23 +85,33 @@ def claw_released(
     If it was charged they wait for what is held of other lots of the wallet for the same payment; if nothing is, what
     they were to take is owed. So too they wait for others no longer, if what was released is enough.
     """
-    freed = dict.fromkeys(
-        (move.account, move.unit, move.lot) for move in moves if move.held < 0 and move.unit and move.lot
-    )
+    freed: dict[str, Lot] = {}
+    for move in moves:
+        if move.held < 0 and move.unit is not None and move.lot is not None:
+            lot = state.accounts[move.account].wallets[move.unit].lots.get(move.lot)
+            if lot is not None and lot.reference is not None and lot.kind not in PSEUDO_KINDS:
+                freed[lot.id] = lot
+    # Looked up once for each wallet: one hold may hold of thousands of lots.
+    wallets = {(lot.account, lot.unit): state.accounts[lot.account].wallets[lot.unit] for lot in freed.values()}
+    waited_for = {of: _waited_for(wallet) for of, wallet in wallets.items()}
+    if not any(waited_for.values()):
+        return []
+    moved = _moved(moves)
     found: list[Move] = []
-    done: set[tuple[str, str, str, LotKind]] = set()
-    for account, unit, lot_id in freed:
-        wallet = state.accounts[account].wallets[unit]
-        lot = wallet.lots.get(lot_id)
-        if lot is None or lot.reference is None or (account, unit, lot.reference, lot.kind) in done:
-            continue
-        done.add((account, unit, lot.reference, lot.kind))
-        if is_awaited(wallet, lot):
-            for awaited in _awaited(wallet, lot, moves):
-                of_hold = hold if (account, unit, awaited.lot.id) in freed else None
-                before = [*moves, *found]
-                in_stead = _in_stead(wallet, units, before, new_lots) if awaited.spent else None
-                found += awaited.moves(_Clawing(awaited.lot, units, lot.reference, occurred_at), in_stead, of_hold)
+    # A cap's wallet counts all that was spent of it in one place.
+    of_caps: dict[tuple[str, str], InStead] = {}
+    for lot in freed.values():
+        assert lot.reference is not None
+        of = lot.account, lot.unit
+        alike = waited_for[of].pop((lot.reference, lot.kind), None)
+        for awaited in () if alike is None else _awaited(alike, moved):
+            of_hold = hold if awaited.lot.id in freed else None
+            in_stead = of_caps.get(of)
+            if awaited.spent and in_stead is None:
+                in_stead = _in_stead(wallets[of], units, chain(moves, found), new_lots)
+                if units.by_name[lot.unit].kind == "cap":
+                    of_caps[of] = in_stead
+            found += awaited.moves(_Clawing(awaited.lot, units, lot.reference, occurred_at), in_stead, of_hold)
     return found
 
 
@@ -246,12 +247,30 @@ class _Awaited:
             yield clawing.frozen(self.frozen, pending=pending_frozen, hold=hold)
 
 
-def _awaited(wallet: Wallet, freed: Lot, moves: Sequence[Move]) -> list[_Awaited]:
+def _waited_for(wallet: Wallet) -> dict[tuple[str, LotKind], list[Lot]]:
+    """A wallet's lots of the payments and kinds of those of whose lots claims wait for what holds hold."""
+    waiting = {(lot.reference, lot.kind) for lot in wallet.lots.values() if lot.pending or lot.pending_frozen}
+    found: defaultdict[tuple[str, LotKind], list[Lot]] = defaultdict(list)
+    for lot in wallet.lots.values() if waiting else ():
+        if lot.reference is not None and (lot.reference, lot.kind) in waiting:
+            found[lot.reference, lot.kind].append(lot)
+    return found
+
+
+def _moved(moves: Iterable[Move]) -> Mapping[str | None, tuple[int, int]]:
+    """How much moves change of each lot: posted and held."""
+    found: defaultdict[str | None, tuple[int, int]] = defaultdict(lambda: (0, 0))
+    for move in moves:
+        posted, held = found[move.lot]
+        found[move.lot] = posted + move.posted, held + move.held
+    return found
+
+
+def _awaited(alike: Iterable[Lot], moved: Mapping[str | None, tuple[int, int]]) -> list[_Awaited]:
     """Share out what claims wait for among a wallet's lots for one payment: each waits for its own first."""
-    alike = (lot for lot in wallet.lots.values() if (lot.reference, lot.kind) == (freed.reference, freed.kind))
     lots = sorted(alike, key=_age)
-    held = [lot.held + sum(move.held for move in moves if move.lot == lot.id) for lot in lots]
-    posted = [lot.posted + sum(move.posted for move in moves if move.lot == lot.id) for lot in lots]
+    posted = [lot.posted + moved[lot.id][0] for lot in lots]
+    held = [lot.held + moved[lot.id][1] for lot in lots]
     there = [posted[number] - held[number] - lot.frozen for number, lot in enumerate(lots)]
     taken, left = _fill(there, sum(lot.pending for lot in lots))
     pending, left = _refill([lot.pending for lot in lots], held, left)
@@ -333,6 +352,8 @@ class _Settling:
 
     def _cancelled(self, lot: Lot, amount: int) -> Iterator[tuple[tuple[InStead, int], list[Back]]]:
         """What is owed or counted in a lot's stead, up to an amount: first what still is, then what was repaid."""
+        if not amount:
+            return
         wallet = self._attempt.wallet_of(lot)
         left = amount
         for in_stead, part in _put_back(wallet, lot, self._attempt.units, amount):
@@ -454,7 +475,7 @@ class _Clawing:
         )
 
 
-def _in_stead(wallet: Wallet, units: Units, before: Sequence[Move], new_lots: Iterator[str]) -> InStead:
+def _in_stead(wallet: Wallet, units: Units, before: Iterable[Move], new_lots: Iterator[str]) -> InStead:
     """Where what was spent is taken instead: a new debt; of a cap the wallet's overage."""
     unit = units.by_name[wallet.unit]
     match unit.kind:

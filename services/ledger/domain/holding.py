@@ -189,21 +189,19 @@ def freed(
     """
     now = place.recorded_at
     at = at or now
-    lots: dict[str, Lot] = {}
-    is_claimed = False
+    lots: dict[str | None, Lot] = {}
     for move in moves:
         if move.held < 0 and move.unit is not None and move.lot is not None:
-            wallet = state.accounts[move.account].wallets[move.unit]
-            lot = wallet.lots[move.lot]
-            is_claimed = is_claimed or claims.is_awaited(wallet, lot)
+            lot = state.accounts[move.account].wallets[move.unit].lots[move.lot]
             if lot.void or (lot.expires_at is not None and lot.expires_at <= at):
                 lots[lot.id] = lot
-    found: list[Move] = []
-    if is_claimed:
-        found += claims.claw_released(state, moves, hold=hold, units=units, occurred_at=occurred_at, new_lots=new_lots)
+    found = claims.claw_released(state, moves, hold=hold, units=units, occurred_at=occurred_at, new_lots=new_lots)
+    left = dict.fromkeys(lots, 0)
+    for move in (*moves, *found) if lots else ():
+        if move.lot in left:
+            left[move.lot] += move.posted - move.held - move.frozen
     for lot in lots.values():
-        left = sum(move.posted - move.held - move.frozen for move in (*moves, *found) if move.lot == lot.id)
-        found += released_moves(lot, left, units=units, occurred_at=now if lot.void else at)
+        found += released_moves(lot, left[lot.id], units=units, occurred_at=now if lot.void else at)
     return found
 
 

@@ -8,7 +8,7 @@ from services.kit.auth import require
 from services.kit.dead_letters import DeadLetter, dead_letters_router
 from services.ledger.routes.backend import Backend, connected
 from services.ledger.routes.commands import commands_router
-from services.ledger.routes.reading import reading_router
+from services.ledger.routes.reading import reading_routers
 from services.ledger.routes.redriving import redrive
 
 __all__ = ["Backend", "routers"]
@@ -22,7 +22,7 @@ def routers(backend: Callable[[], Backend]) -> Sequence[APIRouter]:
 
     return (
         # The balance first of all: it is asked for most.
-        reading_router(backend),
+        *reading_routers(backend),
         commands_router(backend),
         dead_letters_router(connect=lambda: connected(backend()), redrive=redriven, authorize=require("operate")),
     )

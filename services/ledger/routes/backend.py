@@ -1,6 +1,6 @@
 """What the routes work on, how they read (on a connection, or as of one moment), and what they say of an account."""
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -62,14 +62,6 @@ def check(account: str) -> None:
         check_account(account)
     except ValueError as error:
         raise Problem(422, "invalid_account", str(error)) from error
-
-
-def check_query(asked: Iterable[str], known: Iterable[str]) -> None:
-    """Problem 422 if something is asked that there is not: without it the answer would be another one."""
-    there = sorted(known)
-    if unknown := sorted(set(asked).difference(there)):
-        said = f"there are {', '.join(there)}" if there else "there are none"
-        raise Problem(422, "unknown_parameter", f"there is no query parameter {', '.join(unknown)} here: {said}")
 
 
 def not_open(account: str, *, at: datetime | None = None) -> Problem:

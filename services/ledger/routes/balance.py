@@ -3,20 +3,22 @@
 It reads its few parameters and the token itself: what FastAPI does for a route takes as long as the answer.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Final
 
 from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import TypeAdapter, ValidationError
+from starlette.datastructures import QueryParams
 
 from contracts.times import Time
 from services.kit.auth import require
 from services.kit.clock import now
 from services.kit.problems import Problem
+from services.kit.query import OwnQueryRouter, check_names
 from services.ledger.queries.balances import BalanceView, PostedView, read_balance, read_balance_as_of, read_posted_at
-from services.ledger.routes.backend import Backend, check, check_query, connected, not_open, snapshot
+from services.ledger.routes.backend import Backend, check, connected, not_open, snapshot
 
 _TIME: Final[TypeAdapter[datetime]] = TypeAdapter(Time)
 _QUERY: Final = ("as_of", "world_at")
@@ -25,7 +27,7 @@ _authorize: Final = require("ledger:read")
 
 def balance_router(backend: Callable[[], Backend], *, answers: dict[int | str, dict[str, Any]]) -> APIRouter:
     """The one route. Before all others: a request is compared with one after the other."""
-    router = APIRouter(tags=["reading"])
+    router = OwnQueryRouter(tags=["reading"])
 
     @router.get(
         "/v1/balances/{account:path}",
@@ -79,9 +81,9 @@ async def _at_another_time(
     return found
 
 
-def _times(query: Mapping[str, str]) -> tuple[datetime | None, datetime | None]:
+def _times(query: QueryParams) -> tuple[datetime | None, datetime | None]:
     """`as_of` and `world_at`, as far as they are asked for. RequestValidationError names all that is no time."""
-    check_query(query, _QUERY)
+    check_names([name for name, _ in query.multi_items()], known=frozenset(_QUERY))
     found: dict[str, datetime] = {}
     errors: list[Any] = []
     for name in _QUERY:

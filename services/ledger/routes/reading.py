@@ -3,14 +3,13 @@
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Annotated, Any, Final
 
 import msgspec
-from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Path, Query, Response
 from fastapi.responses import StreamingResponse
-from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 from contracts.ids import HoldId, TransactionId
@@ -27,7 +26,7 @@ from services.ledger.queries.limits import LimitQuestion, LimitView, read_limits
 from services.ledger.queries.statements import StatementEntry, StatementFilter, StatementPlace, read_statement
 from services.ledger.queries.totals import AccountTotals, Totals, read_account_totals, read_totals
 from services.ledger.queries.transactions import TransactionView, read_transaction
-from services.ledger.routes.backend import Backend, check, check_query, connected, not_open, snapshot
+from services.ledger.routes.backend import Backend, check, connected, not_open, snapshot
 from services.ledger.routes.balance import balance_router
 from services.ledger.routes.formats import export_format
 
@@ -132,20 +131,13 @@ _PROBLEM: Final[Mapping[str, Any]] = {
 }
 
 
-def reading_router(backend: Callable[[], Backend]) -> APIRouter:
+def reading_routers(backend: Callable[[], Backend]) -> Sequence[APIRouter]:
     """What can be read. An account's id is written into a path as it is, but for each `%`, which is `%25`."""
-    router = balance_router(backend, answers=_answers())
-    others = APIRouter(tags=["reading"], dependencies=[Depends(require("ledger:read")), Depends(_check_query)])
+    others = APIRouter(tags=["reading"], dependencies=[Depends(require("ledger:read"))])
     routes = (_account_routes, _limit_routes, _statement_routes, _charge_routes, _hold_routes, _total_routes)
     for add in (*routes, _export_routes):
         add(others, backend)
-    router.include_router(others)
-    return router
-
-
-async def _check_query(request: Request) -> None:
-    route: APIRoute = request.scope["route"]
-    check_query(request.query_params, (each.alias for each in route.dependant.query_params))
+    return balance_router(backend, answers=_answers()), others
 
 
 def _account_routes(router: APIRouter, backend: Callable[[], Backend]) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 
 from services.kit.auth import require
 from services.kit.dead_letters import DeadLetter, dead_letters_router
@@ -10,9 +10,8 @@ from services.metering.routes.aliases import aliases_router
 from services.metering.routes.backend import Backend, IngestLimits, connection
 from services.metering.routes.corrections import corrections_router
 from services.metering.routes.events import events_router
-from services.metering.routes.meter_queries import meter_queries_router
+from services.metering.routes.meter_queries import meter_queries_routers
 from services.metering.routes.meters import meters_router
-from services.metering.routes.parameters import check_parameters
 from services.metering.routes.prices import prices_router
 from services.metering.routes.reading import reading_router
 from services.metering.routes.receipts import receipts_router
@@ -27,13 +26,13 @@ def routers(backend: Callable[[], Backend], *, limits: IngestLimits) -> Sequence
     async def redrive(letter: DeadLetter) -> None:
         await backend().redrive(letter)
 
-    checked = APIRouter(dependencies=[Depends(check_parameters)])
-    for each in (
+    return (
         events_router(backend, limits=limits),
         aliases_router(backend),
         reading_router(backend),
         usage_router(backend),
         meters_router(backend),
+        *meter_queries_routers(backend),
         prices_router(backend),
         receipts_router(backend),
         corrections_router(backend, limits=limits),
@@ -42,7 +41,4 @@ def routers(backend: Callable[[], Backend], *, limits: IngestLimits) -> Sequence
             redrive=redrive,
             authorize=require("operate"),
         ),
-    ):
-        checked.include_router(each)
-    # A meter's question is read as OpenMeter's clients write it, and refuses what it does not know by itself.
-    return (checked, meter_queries_router(backend))
+    )

@@ -11,13 +11,13 @@ from contracts.envelope import Problem as Finding
 from contracts.times import Time
 from services.kit.auth import require
 from services.kit.problems import Problem
+from services.kit.query import OwnQueryRouter
 from services.metering.domain.meters import SUBJECT, Meter
 from services.metering.domain.windows import TooManyWindows
 from services.metering.queries.meters import ROWS_MAX, TooManyRows, ask_meter, list_values
 from services.metering.routes.archive import ARCHIVED, of_whole_log
 from services.metering.routes.backend import Backend, asking
 from services.metering.routes.meters import UNKNOWN_METER, needed_meter
-from services.metering.routes.parameters import check_parameters
 from services.metering.translate.meters import (
     InvalidQuestion,
     MeterAnswer,
@@ -97,11 +97,13 @@ _PARAMETERS: Final = [
 ]
 
 
-def meter_queries_router(backend: Callable[[], Backend]) -> APIRouter:
+def meter_queries_routers(backend: Callable[[], Backend]) -> Sequence[APIRouter]:
     """Meters, asked."""
-    router = APIRouter(tags=["meters"], dependencies=[Depends(require("metering:read"))])
+    reader = Depends(require("metering:read"))
+    as_clients_write = OwnQueryRouter(tags=["meters"], dependencies=[reader])
+    router = APIRouter(tags=["meters"], dependencies=[reader])
 
-    @router.get(
+    @as_clients_write.get(
         "/api/v1/meters/{id_or_slug}/query",
         responses=_ANSWERS,
         openapi_extra={"parameters": _PARAMETERS},
@@ -117,14 +119,12 @@ def meter_queries_router(backend: Callable[[], Backend]) -> APIRouter:
             raise _invalid(error.problems, place="query") from error
         return await _answer(backend(), id_or_slug, body, request=request, place="query")
 
-    checked = [Depends(check_parameters)]
-
-    @router.post("/api/v1/meters/{id_or_slug}/query", responses=_ANSWERS, dependencies=checked)
+    @router.post("/api/v1/meters/{id_or_slug}/query", responses=_ANSWERS)
     async def query_meter_by_body(id_or_slug: str, request: Request, body: MeterQueryBody | None = None) -> Response:
         """The same question as a body."""
         return await _answer(backend(), id_or_slug, body or MeterQueryBody(), request=request, place="body")
 
-    @router.get("/api/v1/meters/{id_or_slug}/subjects", responses=_ANSWERS_OF_TEXTS, dependencies=checked)
+    @router.get("/api/v1/meters/{id_or_slug}/subjects", responses=_ANSWERS_OF_TEXTS)
     async def subjects(
         id_or_slug: str,
         since: Annotated[str | None, Query(alias="from", description="RFC 3339; included")] = None,
@@ -133,9 +133,7 @@ def meter_queries_router(backend: Callable[[], Backend]) -> APIRouter:
         """The subjects that a meter has events of, in order."""
         return await _values(backend(), id_or_slug, SUBJECT, since=since, until=until)
 
-    @router.get(
-        "/api/v1/meters/{id_or_slug}/group-by/{group}/values", responses=_ANSWERS_OF_TEXTS, dependencies=checked
-    )
+    @router.get("/api/v1/meters/{id_or_slug}/group-by/{group}/values", responses=_ANSWERS_OF_TEXTS)
     async def group_values(
         id_or_slug: str,
         group: str,
@@ -145,7 +143,7 @@ def meter_queries_router(backend: Callable[[], Backend]) -> APIRouter:
         """The values that one of a meter's groups has, in order."""
         return await _values(backend(), id_or_slug, group, since=since, until=until)
 
-    return router
+    return as_clients_write, router
 
 
 async def _answer(backend: Backend, id_or_slug: str, body: MeterQueryBody, *, request: Request, place: str) -> Response:

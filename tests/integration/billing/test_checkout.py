@@ -180,6 +180,19 @@ async def test_packages_and_plans_are_listed(driver: Driver) -> None:
     )
 
 
+async def test_a_parameter_that_nobody_reads_is_named_and_nothing_is_opened(driver: Driver) -> None:
+    async with driver.with_stripe() as (billing, _):
+        answer = await billing.post("/v1/checkout?dryrun=true", wanted(), key="k")
+        assert answer.status_code == 422, answer.text
+        assert [each["pointer"] for each in answer.json()["errors"]] == ["/query/dryrun"]
+        # Without the account the payments would be everybody's.
+        headers = {"Authorization": "Bearer token-of-operator"}
+        for path in ("/v1/payments?acount=acme", "/v1/stripe-events?state=failed", "/dead-letters?page=2"):
+            answer = await billing.http.get(path, headers=headers)
+            assert (answer.status_code, answer.json()["errors"][0]["code"]) == (422, "unknown_parameter"), path
+    assert await driver.rows("SELECT * FROM checkouts") == []
+
+
 async def test_everything_but_the_webhook_needs_a_token(driver: Driver) -> None:
     async with driver.running() as billing:
         paths = [

@@ -47,6 +47,14 @@ GRANTED = "SELECT payment, account, package, paid, bonus FROM payments WHERE sta
 ACME_25 = ("pi_1", "acme", "usd-25", 25_000_000_000, 2_000_000_000)
 
 
+async def test_an_event_is_taken_whatever_else_the_address_says(driver: Driver) -> None:
+    content = body(succeeded())
+    async with driver.running() as billing:
+        answer = await billing.http.post("/stripe/webhook?shop=1&shop=2", content=content, headers=signed(content))
+        assert answer.status_code == 200, answer.text
+        await driver.until_processed(1)
+
+
 async def test_both_events_of_a_payment_grant_it_once(driver: Driver) -> None:
     async with driver.running() as billing:
         await billing.tell(completed(), succeeded())

@@ -34,6 +34,16 @@ async def test_a_call_is_answered_and_its_use_reported_under_its_hold(world: Wor
     assert answer._request_id == event.id
 
 
+async def test_parameters_of_a_client_are_let_be_as_the_provider_does(world: World) -> None:
+    # As Azure's clients and Codex say them.
+    raw = await world.ask_raw("[[tokens:7]]", extra_query={"api-version": "2024-10-21"})
+    assert raw.status_code == 200
+    client = await world.client()
+    listed = await client.models.list(extra_query={"client_version": "1.0"})
+    assert MODEL in [model.id for model in listed.data]
+    assert (await client.models.retrieve(MODEL, extra_query={"verbose": "1"})).id == MODEL
+
+
 async def test_the_headers_say_what_it_cost_to_the_last_digit(world: World) -> None:
     raw = await world.ask_raw("[[tokens:7]]", max_tokens=10)
     # 4 input and 7 output tokens, 0.15 and 0.60 usd a million.

@@ -15,6 +15,23 @@ from tests.integration.keyvault.driving import ANTHROPIC, OPENAI, Driver, StandI
 pytestmark = pytest.mark.anyio
 
 
+async def test_a_parameter_that_nobody_reads_is_refused_and_not_repeated(driver: Driver, ledger: StandInLedger) -> None:
+    async with driver.running() as keyvault:
+        await keyvault.create_key("acme")
+        # All keys there are would be answered, instead of one account's.
+        refused = await keyvault.ask("GET", "/v1/access-keys?acount=acme", expect=422)
+        assert refused["errors"] == [
+            {
+                "pointer": "/query",
+                "code": "unknown_parameter",
+                "detail": "there is no such parameter here: known are account, before, limit",
+            }
+        ]
+        refused = await keyvault.ask("POST", "/v1/access-keys?dry_run=true", expect=422, json={"account": "acme"})
+        assert refused["errors"][0]["detail"].endswith("none is known")
+        assert len((await keyvault.ask("GET", "/v1/access-keys", expect=200))["access_keys"]) == 1
+
+
 async def test_a_key_is_shown_once_and_verified_by_its_hash(driver: Driver, ledger: StandInLedger) -> None:
     async with driver.running() as keyvault:
         created = await keyvault.create_key("acme/ana", name="laptop")

@@ -94,6 +94,7 @@ async def mistaken(keyvault: Running, secret: str) -> None:
         f"/v1/secrets?account={secret}//",
         f"/v1/access-keys?before={secret}",
         f"/v1/audit?before={secret}",
+        f"/v1/audit?{secret}=1",
         f"/v1/secret-uses/{secret}",
         f"/nowhere/{secret}",
     ):

@@ -211,6 +211,16 @@ async def test_http_commands_reach_the_owner_and_name_all_problems_at_once(drive
         assert (await http.get("/v1/balances/acme", headers=demo)).status_code == 403
 
 
+async def test_a_command_with_a_parameter_that_nobody_reads_is_not_carried_out(driver: Driver) -> None:
+    async with driver.running() as http:
+        for path in ("/v1/accounts?dryrun=true", "/v1/lists?dry_run=true"):
+            answer = await http.post(path, json={"account": "acme"}, headers={"Idempotency-Key": "k"})
+            assert answer.status_code == 422, answer.text
+            (finding,) = answer.json()["errors"]
+            assert (finding["code"], finding["detail"].endswith("none is known")) == ("unknown_parameter", True)
+    assert await driver.rows("SELECT * FROM journal") == []
+
+
 async def test_a_refusal_names_what_it_is_about_by_the_id_that_the_caller_knows(driver: Driver) -> None:
     async with driver.running() as http:
         await driver.funded("acme", "10")

@@ -449,6 +449,21 @@ def test_data_that_is_said_to_be_no_json_is_refused() -> None:
         read_usage_event(structured(attributes, b"{}"))
 
 
+@pytest.mark.parametrize("kind", ["scrip.model.used.v1", "api-calls"])
+@pytest.mark.parametrize("value", ["aGVsbG8=", "A" * 2000, None, 1])
+def test_data_in_base64_is_told_what_to_send_instead(kind: str, value: Any) -> None:
+    said = "data in base64 is not supported: send the use as a JSON object in `data`"
+    assert problems_of(changed(type=kind, data_base64=value)) == {"data_base64": said}
+    in_binary_mode = binary_attributes(in_headers({**EVENT, "type": kind, "data_base64": "aGVsbG8="}))
+    assert in_binary_mode is not None
+    assert problems_of(structured(in_binary_mode, b"{}"))["data_base64"] == said
+
+
+def test_a_name_that_no_attribute_has_is_told_in_a_sentence() -> None:
+    said = "an attribute has a name of 1 to 20 characters, all of them a-z or 0-9"
+    assert problems_of(changed(tenantId="x", **{"n" * 21: 1})) == {"tenantId": said, "n" * 21: said}
+
+
 def test_a_value_of_several_possible_types_is_one_problem() -> None:
     problems = problems_of(with_data(attributes={"bool": 1.5, "text": None}))
     assert set(problems) == {"data.attributes.bool", "data.attributes.text"}

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import httpx2
 import pytest
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi.routing import APIRouter
 from fastapi.testclient import TestClient
 from pydantic import AfterValidator, BaseModel, Field
@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, Field
 from services.kit.auth import InvalidTokens, Principal, TokenStore, require
 from services.kit.http import Readiness, build_app
 from services.kit.problems import Problem
+from services.kit.query import OwnQueryRouter
 
 router = APIRouter()
 
@@ -55,6 +56,24 @@ async def make_thing(thing_id: int, body: Body, principal: Annotated[Principal, 
 @router.post("/refused")
 async def refuse() -> None:
     raise Problem(402, "insufficient_funds", "5 are left, 6 are needed", members={"remaining": "5"})
+
+
+@router.post("/things/{thing_id}/void")
+async def void_thing(
+    thing_id: int,
+    principal: Annotated[Principal, Depends(require("write"))],
+    dry_run: bool = False,
+    why: Annotated[str, Query(alias="reason")] = "",
+) -> str:
+    return f"{thing_id} {'would be' if dry_run else 'is'} void {why}"
+
+
+open_router = OwnQueryRouter()
+
+
+@open_router.get("/own")
+async def read_own(request: Request) -> list[str]:
+    return list(request.query_params)
 
 
 @router.post("/broken")
@@ -99,7 +118,7 @@ def client(tokens_file: Path, readiness: Readiness) -> Iterator[TestClient]:
         lifespan=lifespan,
         readiness=readiness,
         tokens_file=tokens_file,
-        routers=[router],
+        routers=[router, open_router],
         body_bytes_max=1000,
     )
     with TestClient(app, raise_server_exceptions=False) as opened:
@@ -116,6 +135,41 @@ def problem_of(answer: httpx2.Response) -> dict[str, object]:
     assert body["status"] == answer.status_code
     assert {"type", "title", "code", "detail"} <= set(body)
     return body
+
+
+def test_a_parameter_that_nobody_reads_is_named_and_nothing_is_done(client: TestClient) -> None:
+    answer = client.post("/things/7/void?dryrun=true&reason=x", headers=bearer("writer"))
+    assert (answer.status_code, problem_of(answer)["errors"]) == (
+        422,
+        [
+            {
+                "pointer": "/query/dryrun",
+                "code": "unknown_parameter",
+                "detail": "there is no such parameter here: known are dry_run, reason",
+            }
+        ],
+    )
+    answer = client.post("/things/7/void?dry_run=true&reason=x", headers=bearer("writer"))
+    assert (answer.status_code, answer.json()) == (200, "7 would be void x")
+
+
+def test_a_parameter_that_is_said_twice_is_named(client: TestClient) -> None:
+    answer = client.post("/things/7/void?dry_run=true&dry_run=false", headers=bearer("writer"))
+    assert (answer.status_code, problem_of(answer)["errors"]) == (
+        422,
+        [{"pointer": "/query/dry_run", "code": "repeated_parameter", "detail": "it is said twice"}],
+    )
+
+
+def test_routes_that_read_their_query_themselves_are_given_all_of_it(client: TestClient) -> None:
+    answer = client.get("/own?any[thing]=1&any=2")
+    assert (answer.status_code, answer.json()) == (200, ["any[thing]", "any"])
+
+
+def test_who_watches_may_add_what_he_likes(client: TestClient, readiness: Readiness) -> None:
+    readiness.started()
+    for path in ("/healthz", "/readyz", "/metrics"):
+        assert client.get(f"{path}?now=1").status_code == 200, path
 
 
 def test_a_good_request_is_answered(client: TestClient) -> None:

@@ -57,6 +57,7 @@ BAD: Final[tuple[tuple[str, bytes, str], ...]] = (
     ("a NUL in an attribute", body(data_attributes={"endpoint": "/v1\x00"}), "data.attributes.endpoint"),
     ("half a character", body(data_attributes={"endpoint": "\ud800"}), ""),
     ("an object as an extension", body(extra={"deep": 1}), "extra"),
+    ("data in base64", json.dumps({**event(), "data_base64": "aGVsbG8="}).encode(), "data_base64"),
     ("a hold that is no id", body(data_hold="hold-1"), "data.hold"),
     ("data of another type that is a list", body(type="api-calls", data=[1]), "data"),
     ("data of another type that is too deep", body(type="api-calls", data=_deep(9)), "data" + ".deep" * 8),
