@@ -25,6 +25,14 @@ class NotFound(StackError):
     """The service answers 404."""
 
 
+class Archived(StackError):
+    """What is asked for is about use that is archived: `months` of it, as `2026-01`, are to be restored first."""
+
+    def __init__(self, text: str, months: Sequence[str]) -> None:
+        super().__init__(text)
+        self.months = months
+
+
 def in_path(text: str) -> str:
     """What the user wrote, as the end of a path: it never leads elsewhere, whatever it is."""
     # Dots, too: they would lead to what is above.
@@ -107,8 +115,10 @@ class ServiceApi:
             return NotFound(
                 f"{self.service.capitalize()} refuses: {'there is no such thing' if why == 'Not Found' else why}"
             )
-        kind = BadInput if status in _AT_FAULT else StackError
-        return kind(f"{self.service.capitalize()} refuses: {why}")
+        said = f"{self.service.capitalize()} refuses: {why}"
+        if answer.get("code") == "archived":
+            return Archived(said, answer["months"])
+        return BadInput(said) if status in _AT_FAULT else StackError(said)
 
 
 def _place(problem: Json, after: int) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -14,8 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from infra.commands.usage import restore_months
 from infra.errors import BadInput
-from infra.service_api import Json, ServiceApi, in_path
+from infra.service_api import Archived, Json, ServiceApi, in_path
 from services.kit.ids import new_uuid7
 
 PATH: Final = "/api/v1/corrections"
@@ -40,6 +41,14 @@ Since = Annotated[str, typer.Option("--from", help="2026-11-01 or 2026-11-01T00:
 Until = Annotated[str, typer.Option("--to", help="Not included.")]
 Tree = Annotated[bool, typer.Option("--tree", help="Also of all accounts below.")]
 Correction = Annotated[str, typer.Argument(help="The correction's id.")]
+Archive = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Where old use was archived to: what this is about and was dropped, is restored from there first.",
+        file_okay=False,
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -54,10 +63,12 @@ def void_events(
     reason: Reason,
     account: Account = None,
     id: Id = None,
+    archive: Archive = None,
     dry_run: DryRun = False,
 ) -> None:
     """Have events count for nothing, and give back what they cost."""
-    _correct({"kind": "void", "events": [_named(each, account) for each in events]}, reason, id, dry_run=dry_run)
+    asked = {"kind": "void", "events": [_named(each, account) for each in events]}
+    _correct(asked, reason, id, archive=archive, dry_run=dry_run)
 
 
 @corrections.command("amend")
@@ -68,11 +79,12 @@ def amend_event(
     reason: Reason,
     account: Account = None,
     id: Id = None,
+    archive: Archive = None,
     dry_run: DryRun = False,
 ) -> None:
     """Give an event other data, and charge or give back the difference."""
     amended = _named(event, account) | {"data": _data(data)}
-    _correct({"kind": "amend", "events": [amended]}, reason, id, dry_run=dry_run)
+    _correct({"kind": "amend", "events": [amended]}, reason, id, archive=archive, dry_run=dry_run)
 
 
 @corrections.command("rerate")
@@ -93,6 +105,7 @@ def rerate(
         bool, typer.Option("--include-pinned", help="Also what is pinned to the version it was quoted with.")
     ] = False,
     id: Id = None,
+    archive: Archive = None,
     dry_run: DryRun = False,
 ) -> None:
     """Price the use of a period anew, and charge or give back the differences. What has no price stays as it is."""
@@ -108,7 +121,8 @@ def rerate(
         "type": type,
         "include_pinned": include_pinned,
     }
-    _correct({name: value for name, value in asked.items() if value is not None}, reason, id, dry_run=dry_run)
+    given = {name: value for name, value in asked.items() if value is not None}
+    _correct(given, reason, id, archive=archive, dry_run=dry_run)
 
 
 @corrections.command("backfill")
@@ -126,6 +140,7 @@ def backfill(
         bool, typer.Option("--replace", help="What the period holds and is not in the file becomes void.")
     ] = False,
     id: Id = None,
+    archive: Archive = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stage, and say what applying would come to.")] = False,
 ) -> None:
     """Log and charge events of the past, however old. Again with the same id it goes on where it was cut off."""
@@ -141,7 +156,7 @@ def backfill(
         "reason": reason,
         "id": name,
     }
-    if metering.post(PATH, asked)["state"] == "staging":
+    if _answered(lambda: metering.post(PATH, asked), archive)["state"] == "staging":
         _stage(metering, _path(name), events)
     found = metering.post(f"{_path(name)}/apply", query={"dry_run": dry_run})
     _show(_finished(metering, found))
@@ -150,10 +165,12 @@ def backfill(
 
 
 @corrections.command("undo")
-def undo(id: Correction, *, reason: Reason, dry_run: DryRun = False) -> None:
+def undo(id: Correction, *, reason: Reason, archive: Archive = None, dry_run: DryRun = False) -> None:
     """Have every event be what it was before a correction. What was corrected since is left as it is."""
     metering = _metering()
-    found = metering.post(f"{_path(id)}/undo", {"reason": reason}, query={"dry_run": dry_run})
+    found = _answered(
+        lambda: metering.post(f"{_path(id)}/undo", {"reason": reason}, query={"dry_run": dry_run}), archive
+    )
     _show(_finished(metering, found))
 
 
@@ -207,13 +224,31 @@ def show_correction(
     _show(found)
 
 
-def _correct(body: Json, reason: str, id: str | None, *, dry_run: bool) -> None:
+def _correct(body: Json, reason: str, id: str | None, *, archive: Path | None, dry_run: bool) -> None:
     metering = _metering()
     asked = {**body, "reason": reason}
     if id is not None or not dry_run:
         asked["id"] = f"cli-{new_uuid7()}" if id is None else id
-    found = metering.post(PATH, asked, query={"dry_run": dry_run})
+    found = _answered(lambda: metering.post(PATH, asked, query={"dry_run": dry_run}), archive)
     _show(_finished(metering, found))
+
+
+def _answered(ask: Callable[[], Json], archive: Path | None) -> Json:
+    """What is answered; where that needs months that are archived, and it is known where, once they are restored."""
+    try:
+        return ask()
+    except Archived as error:
+        if archive is None:
+            raise Archived(f"{error}. With --archive DIR this command restores it first.", error.months) from error
+        months = error.months
+    console = Console()
+    restore_months(console, archive, months)
+    _print(
+        console,
+        f"{', '.join(months)} is in the log again. Once all is corrected, `scrip usage archive --to {archive} --drop`"
+        " writes what changed, and drops it.",
+    )
+    return ask()
 
 
 def _stage(metering: ServiceApi, path: str, events: Path) -> None:

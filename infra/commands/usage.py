@@ -1,6 +1,6 @@
 """`scrip usage`: old use as files: archived, dropped from the log, brought back. On its database, running or not."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -70,12 +70,16 @@ def restore(
 
     Into a new, empty metering it also brings what was seen, so that no repeat is charged. Let nothing else run then.
     """
-    months = [_month(each) for each in month or ()]
-    console = Console()
+    restore_months(Console(), source, month or ())
+
+
+def restore_months(console: Console, source: Path, months: Collection[str]) -> None:
+    """Bring months, as `2026-01`, back from where they were archived to, and print what came back; none: all."""
+    chosen = [_month(each) for each in months]
     with stack_with("postgres") as stack:
         stack.migrate()
         with _as_sentence(source), _progress(console, "restoring") as on_progress:
-            found = restore_usage(stack.database_url(OWNER), source, months=months, on_progress=on_progress)
+            found = restore_usage(stack.database_url(OWNER), source, months=chosen, on_progress=on_progress)
     show_restored(console, found)
 
 

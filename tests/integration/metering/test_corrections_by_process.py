@@ -4,10 +4,11 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -16,13 +17,15 @@ from typing import Final
 import httpx2
 import pytest
 import typer
+from pydantic import SecretStr
 from typer.testing import CliRunner
 
-from infra.commands import corrections
+from infra.commands import corrections, usage
+from infra.errors import StackError
 from infra.service_api import ServiceApi
 from services.metering.settings import MeteringSettings
 from tests.conftest import Database
-from tests.integration.metering.correcting import add, agree, version
+from tests.integration.metering.correcting import add, agree, books, version
 from tests.integration.metering.driving import Driver, Json
 from tests.integration.metering.standing import POINTS, Standing, standing
 from tests.integration.metering.test_rerating import DEAR, PERIOD, render
@@ -82,6 +85,42 @@ async def metering(
             yield process, client
     finally:
         process.end()
+
+
+@dataclass(frozen=True, slots=True)
+class Archived:
+    """The stack that commands find, of which they need the database alone."""
+
+    database: Database
+
+    def database_url(self, role: str) -> SecretStr:
+        """As a role."""
+        return self.database.url(role)
+
+    def migrate(self) -> None:
+        """It is."""
+
+
+@asynccontextmanager
+async def commands(
+    process: ServiceProcess, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Callable[..., Awaitable[str]]]:
+    """The command line of who runs a process of metering: what a command prints. What goes wrong is raised."""
+    made = typer.Typer()
+    for each in (corrections, usage):
+        each.register(made)
+
+    async def run(*arguments: str) -> str:
+        found = await asyncio.to_thread(CliRunner().invoke, made, [*arguments])
+        if isinstance(found.exception, Exception):
+            raise found.exception
+        assert found.exit_code == 0, found.output
+        return found.output
+
+    with httpx2.Client(headers=driver.headers("operator"), timeout=20, trust_env=False) as client:
+        url = f"http://127.0.0.1:{process.port}"
+        monkeypatch.setattr(corrections, "_metering", lambda: ServiceApi("metering", url, client))
+        yield run
 
 
 class Told:
@@ -238,18 +277,13 @@ async def test_the_command_previews_does_follows_and_undoes(
     staged = tmp_path / "events.jsonl"
     staged.write_text("\n".join(json.dumps(event(number, subject="acme-1")) for number in range(20, 90)))
     period = ("--from", "2026-03-01", "--to", "2026-04-01", "--reason", "a test")
-    async with metering(metering_settings, tmp_path / "metering.log") as (process, http):
-        url = f"http://127.0.0.1:{process.port}"
-        client = httpx2.Client(headers=driver.headers("operator"), timeout=20, trust_env=False)
-        monkeypatch.setattr(corrections, "_metering", lambda: ServiceApi("metering", url, client))
+    async with (
+        metering(metering_settings, tmp_path / "metering.log") as (process, http),
+        commands(process, driver, monkeypatch) as command,
+    ):
 
         async def run(*arguments: str) -> str:
-            made = typer.Typer()
-            corrections.register(made)
-            made.callback()(lambda: None)
-            found = await asyncio.to_thread(CliRunner().invoke, made, ["corrections", *arguments])
-            assert found.exit_code == 0, (found.output, found.exception)
-            return found.output
+            return await command("corrections", *arguments)
 
         await add(http, driver, version())
         await add(http, driver, version("dear", days_before=-5, usd={"input_tokens": "3", "output_tokens": "1"}))
@@ -278,4 +312,59 @@ async def test_the_command_previews_does_follows_and_undoes(
         for id in ("b", "r", "a", "v"):
             assert "undone" in await run("undo", id, "--reason", "a mistake")
         assert await agree(http, driver) == before
-        client.close()
+
+
+async def test_the_command_corrects_what_is_archived_and_what_changed_is_archived_anew(
+    driver: Driver,
+    metering_settings: MeteringSettings,
+    database: Database,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(usage, "stack_with", lambda _: nullcontext(Archived(database)))
+    january = [event(number, subject="acme-1", time=f"2026-01-{14 + number}T12:00:00Z") for number in range(3)]
+    kept, copied = tmp_path / "usage", tmp_path / "copied"
+    archive = ("usage", "archive", "--to", str(kept), "--before", "2026-03-01", "--drop")
+    void = ("corrections", "void", "demo/use-1", "--reason", "a test", "--id", "v")
+    at = ("--archive", str(kept))
+    counted = "SELECT count(*)::int FROM usage_log WHERE occurred_at < '2026-02-01'"
+    async with (
+        metering(metering_settings, tmp_path / "metering.log") as (process, http),
+        commands(process, driver, monkeypatch) as command,
+    ):
+        await driver.open("acme-1")
+        await add(http, driver, version(days_before=80))
+        await driver.until_open(["acme-1"])
+        await driver.publish(january)
+        await driver.until("SELECT coalesce(sum(charged), 0)::int FROM ingest_counters", 3)
+        before = await books(driver)
+        await command(*archive)
+        assert await driver.rows(counted) == [(0,)]
+        with pytest.raises(StackError, match=r"restore --from DIR --month 2026-01.*--archive DIR"):
+            await command(*void)
+        with pytest.raises(StackError, match="is no directory"):
+            await command(*void, "--archive", str(tmp_path / "elsewhere"))
+        assert "It would come to -1 calls" in await command(*void, *at, "--dry-run")
+        # It is in the log now, and may go again: nothing of it was changed.
+        files = {path.name for path in kept.rglob("*.parquet")}
+        await command(*archive)
+        assert {path.name for path in kept.rglob("*.parquet")} == files
+        shutil.copytree(kept, copied)
+        said = await command(*void, *at)
+        assert "2026-01 is in the log again" in said
+        assert "void v is done: 1 events, 1 corrected" in said
+        assert await driver.rows(counted) == [(3,)]
+        after = await books(driver)
+        assert after["acme-1"]["calls"] == before["acme-1"]["calls"] - 1
+        # Asked again it is what it came to, wherever the month is; what was archived before is taken for nothing.
+        with pytest.raises(StackError, match="was charged or corrected since"):
+            await command("usage", "restore", "--from", str(copied))
+        await command(*archive)
+        assert await driver.rows(counted) == [(0,)]
+        assert "1 corrected" in await command(*void)
+        now = {path.name for path in kept.rglob("*.parquet")}
+        assert (len(now), len(now - files)) == (3, 1)
+        with pytest.raises(StackError, match="is not what 2026-01 was archived to"):
+            await command("corrections", "undo", "v", "--reason", "a mistake", "--archive", str(copied))
+        assert "undo" in await command("corrections", "undo", "v", "--reason", "a mistake", *at)
+        assert await books(driver) == before

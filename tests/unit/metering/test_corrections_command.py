@@ -1,17 +1,19 @@
 """`scrip corrections`: asks for what it was told to ask, follows what is under way, and shows what it came to."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from infra.commands import corrections
 from infra.errors import StackError
-from infra.service_api import ServiceApi
+from infra.service_api import Archived, ServiceApi
 
 PERIOD = ("--from", "2026-11-01", "--to", "2026-12-01T00:00:00Z", "--reason", "a wrong price")
 
@@ -21,6 +23,8 @@ class Metering:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str, Any]] = []
+        # Months that are not in its log.
+        self.archived: list[str] = []
 
     def client(self) -> ServiceApi:
         return ServiceApi("metering", "http://stand-in", httpx2.Client(transport=httpx2.MockTransport(self.answer)))
@@ -29,6 +33,9 @@ class Metering:
         body = json.loads(request.content) if request.content else None
         path = str(request.url).removeprefix("http://stand-in/api/v1/corrections")
         self.asked.append((request.method, path, body))
+        if self.archived and request.method == "POST":
+            refused = {"code": "archived", "detail": "use of 2026-01 is archived", "months": self.archived}
+            return httpx2.Response(409, json=refused)
         if path.endswith("/events"):
             return httpx2.Response(200, json={"new": 1, "repeated": 0, "total": 1})
         if "/events?" in path:
@@ -144,6 +151,40 @@ def test_amended_data_are_sent_to_the_last_digit_or_not_at_all(metering: Meterin
     wrong = run("rerate", "acme", "--from", "soon", "--to", "2026-12-01", "--reason", "a test")
     assert isinstance(wrong.exception, StackError)
     assert len(metering.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("void", "demo/call-1"),
+        ("void", "demo/call-1", "--dry-run"),
+        ("amend", "demo/call-1", "--data", "{}"),
+        ("rerate", "acme", "--from", "2026-01-01", "--to", "2026-02-01"),
+        ("backfill", "acme", os.devnull, "--from", "2026-01-01", "--to", "2026-02-01"),
+        ("undo", "fix-1"),
+    ],
+)
+def test_what_is_archived_is_restored_first_if_it_is_said_where_it_is(
+    metering: Metering, monkeypatch: pytest.MonkeyPatch, asked: tuple[str, ...]
+) -> None:
+    restored: list[tuple[Path, list[str]]] = []
+
+    def restore(_: Console, source: Path, months: list[str]) -> None:
+        restored.append((source, months))
+        metering.archived = []
+
+    monkeypatch.setattr(corrections, "restore_months", restore)
+    metering.archived = ["2026-01"]
+    refused = run(*asked, "--reason", "a test").exception
+    assert isinstance(refused, Archived)
+    assert "With --archive DIR" in str(refused)
+    assert len(metering.asked) == 1
+    shown = run(*asked, "--reason", "a test", "--archive", "usage")
+    assert shown.exit_code == 0, shown.output
+    assert restored == [(Path("usage"), ["2026-01"])]
+    assert "2026-01 is in the log again" in shown.output
+    # The very same is asked for again.
+    assert metering.asked[1] == metering.asked[2]
 
 
 def test_corrections_are_listed_and_shown(metering: Metering) -> None:
