@@ -12,7 +12,7 @@ from contracts.partition import partition_of
 from services.kit.clock import now
 from services.kit.outbox import OutboxRow
 from services.metering import store, translate
-from services.metering.correcting import records, versions
+from services.metering.correcting import carrying, records, versions
 from services.metering.correcting.changing import Change, Item, Rating, Task, Voided, WaitsForAlias
 from services.metering.correcting.records import Correction, NewCorrection, Progress
 from services.metering.correcting.versions import Found, Named, Place
@@ -98,8 +98,15 @@ async def correct_named(
         connection, ((each, usage) for (each, usage, _) in wanted if not isinstance(usage, bytes)), task
     )
     changes = [_change(each, usage, rating) for each, usage, changed in wanted if changed]
-    written = await records.write_and_record(connection, changes, task, heads=heads, counters=rating.moved())
+    settled = await carrying.settle_corrected(connection, changes, rating, task)
+    written = await records.write_and_record(
+        connection, [*changes, *settled], task, heads=heads, counters=rating.moved()
+    )
+    keys = {each.found.place.key for each in settled}
+    await records.settle_items(connection, new.id, [each for each in written.items if each.key in keys])
     counts = {"events": len(asked), "corrected": len(changes), "unchanged": len(asked) - len(changes)}
+    if settled:
+        counts["settled"] = len(settled)
     await records.write_progress(connection, new.id, Progress("done", None, counts, total(written.items), now()))
     return Outcome(counts, written.items, written.rows)
 

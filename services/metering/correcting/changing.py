@@ -31,7 +31,7 @@ from services.metering.domain.corrections import (
     take_out,
 )
 from services.metering.domain.prices import CountedFirst, CounterKey, Counts, NoPrice, PriceBook
-from services.metering.domain.usage import Usage
+from services.metering.domain.usage import Key, Usage
 from services.metering.store import Connection
 from services.metering.store import Counts as IngestCounts
 
@@ -109,6 +109,11 @@ class Item:
     body: bytes | None
     recorded_at: datetime
 
+    @property
+    def key(self) -> Key:
+        """The key of the use."""
+        return (self.partition, self.source, self.event_id)
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -150,6 +155,7 @@ class Rating:
         self._book = book
         self._open_accounts = open_accounts
         self._counters = dict(counters)
+        self._first = dict(counters)
         self._before: dict[CounterKey, Counter] = {}
         self._moved: set[CounterKey] = set()
 
@@ -218,6 +224,20 @@ class Rating:
         )
         return charged(usage, price, units=self._book.units)
 
+    def carried(self) -> dict[CounterKey, int]:
+        """What counters carry by now that they did not before: above 0 what is owed, below 0 what was paid too much."""
+        found = {}
+        for key in sorted(self._moved):
+            credit, before = self._counters[key].credit, self._first.get(key, Counter()).credit
+            if more := max(credit - max(before, 0), 0) + min(credit - min(before, 0), 0):
+                found[key] = more
+        return found
+
+    def settle(self, key: CounterKey, steps: int) -> None:
+        """Have a counter carry so much less: it was charged, or, below 0, given back."""
+        counter = self._counters[key]
+        self._move({key: Counter(quantity=counter.quantity, credit=counter.credit - steps)})
+
     def moves(self) -> list[CounterMove]:
         """By how much counters moved since the last time this was asked."""
         found = moves(self._before, {key: self._counters[key] for key in self._before})
@@ -252,7 +272,10 @@ def charged(usage: Usage, price: Rated, *, units: Mapping[str, Unit]) -> Charged
 
 
 def lowered(to: Charged, key: CounterKey, steps: int, *, book: PriceBook) -> tuple[Charged, int]:
-    """A use that costs up to so much less, on account of a counter that counts it; and by how much. VersionNotRead."""
+    """A use that costs up to so much less, on account of a counter that counts it; and by how much. VersionNotRead.
+
+    Below 0 it costs more, by all of it.
+    """
     version = book.find(to.price_version)
     if version is None:
         raise VersionNotRead(to.price_version)
@@ -260,8 +283,9 @@ def lowered(to: Charged, key: CounterKey, steps: int, *, book: PriceBook) -> tup
     share = next((each for each in counts.shares if each.key == key), None)
     if share is None:
         return to, 0
-    exact = translate.exact_of(to.line_items, share.price.id)
-    steps = min(steps, part_of(share, counts, to.amounts, exact=exact))
+    if steps > 0:
+        exact = translate.exact_of(to.line_items, share.price.id)
+        steps = min(steps, part_of(share, counts, to.amounts, exact=exact))
     if not steps:
         return to, 0
     items, amounts = translate.settled(to.line_items, to.amounts_json, steps, price_id=share.price.id, unit=share.unit)

@@ -369,6 +369,14 @@ _STANDS_AS: Final = f"""
 UPDATE correction_items AS i SET stands_as = u.revision {_NAMED}
 AND i.correction <> u.correction AND NOT i.undone AND i.stands_as = u.from_revision
 """
+# Of earlier ones, that stood as what a later one had settled.
+_STANDS_AGAIN_AS: Final = """
+UPDATE correction_items AS i SET stands_as = u.revision
+FROM unnest(%s::smallint[], %s::text[], %s::text[], %s::integer[], %s::integer[], %s::integer[])
+     AS u (partition, source, event_id, to_revision, stood_as, revision)
+WHERE (i.partition, i.source, i.event_id) = (u.partition, u.source, u.event_id)
+AND NOT i.undone AND i.to_revision < u.to_revision AND i.stands_as = u.stood_as
+"""
 
 
 async def undo_items(connection: Connection, undone: Sequence[tuple[RecordedItem, int | None]]) -> None:
@@ -391,6 +399,15 @@ async def undo_items(connection: Connection, undone: Sequence[tuple[RecordedItem
         columns,
     )
     await connection.execute(_STANDS_AS, columns)
+    await connection.execute(
+        _STANDS_AGAIN_AS,
+        [
+            *columns[:3],
+            [item.to_revision for item, _ in undone],
+            [item.stands_as for item, _ in undone],
+            [revision for _, revision in undone],
+        ],
+    )
 
 
 async def settle_items(connection: Connection, correction: str, settled: Sequence[Item]) -> None:

@@ -4,30 +4,27 @@ So what an account is charged in a period under one price is what all of it cost
 """
 
 from collections.abc import Callable, Collection, Sequence
-from datetime import UTC
 from hashlib import sha256
 from typing import Final
 
 import msgspec
 
-from contracts.pricing import Counter, OwnPrice
+from contracts.pricing import Counter
 from services.kit.clock import now
 from services.kit.database import Writer
 from services.kit.outbox import OutboxRow
 from services.metering import store
-from services.metering.correcting import records, versions
+from services.metering.correcting import carrying, records
 from services.metering.correcting.amending import CorrectionExists, total
-from services.metering.correcting.changing import Change, Task, VersionNotRead, charged_again, lowered
+from services.metering.correcting.carrying import Changes
+from services.metering.correcting.changing import Change, Task
 from services.metering.correcting.records import NewCorrection, Progress
 from services.metering.correcting.turns import InTurn, Turn
-from services.metering.correcting.versions import Place
-from services.metering.domain.corrections import NOT_COUNTED, CounterMove
-from services.metering.domain.prices import CounterKey, PriceBook, period_end
+from services.metering.domain.corrections import NOT_COUNTED
+from services.metering.domain.prices import CounterKey, PriceBook
 from services.metering.engine import PriceKeeper
 from services.metering.store import Connection
 
-# Of a transaction: each is a line given back, and no bundle takes more.
-EVENTS_MAX: Final = 250
 ACTOR: Final = "metering"
 REASON: Final = "later use has lowered what this cost"
 
@@ -37,22 +34,19 @@ async def settle(connection: Connection, key: CounterKey, *, book: PriceBook) ->
 
     What is more than one transaction gives back stays in the counter. It is stuck if no use that is counted is there.
     """
-    partition, _, price_id, _ = key
-    heads = await store.lock_heads(connection, [partition])
+    heads = await store.lock_heads(connection, [key[0]])
     counter = (await store.find_counters(connection, [key])).get(key, NOT_COUNTED)
     if counter.credit >= 0:
         # Use that came meanwhile took it, or somebody else gave it back.
         return Turn()
-    price = book.counted_price(price_id)
-    if price is None or price.period is None:
-        raise VersionNotRead(f"with {price_id}")
-    changes = await _lower(connection, key, price, -counter.credit, book=book)
+    settled: Changes = {}
+    credit = await carrying.settle(connection, key, counter.credit, settled, book=book)
+    changes = list(settled.values())
     if not changes:
         return Turn(is_stuck=True)
-    new = _correction(key, changes, unit=price.unit)
+    new = _correction(key, changes, book)
     if not await records.begin(connection, new, state="running", recorded_at=now()):
         raise CorrectionExists(new.id)
-    credit = counter.credit + sum(each.counted[0].by.credit for each in changes)
     counters = {key: Counter(quantity=counter.quantity, credit=credit)}
     task = Task(new.id, new.reason, book)
     written = await records.write_and_record(connection, changes, task, heads=heads, counters=counters)
@@ -62,66 +56,11 @@ async def settle(connection: Connection, key: CounterKey, *, book: PriceBook) ->
     return Turn(written.rows)
 
 
-async def _lower(
-    connection: Connection, key: CounterKey, price: OwnPrice, steps: int, *, book: PriceBook
-) -> list[Change]:
-    """The latest uses that a counter counts, each to cost less, by no more than that in all."""
-    changes: list[Change] = []
-    last: Place | None = None
-    # Those that cost less than a step under the price have nothing to be given back: they do not hide the ones before.
-    while not changes and (places := await _find_latest(connection, key, price, before=last)):
-        last = places[-1]
-        uses = await versions.find_uses(connection, places)
-        for found in (uses[place.key] for place in places):
-            if steps == 0:
-                break
-            assert found.current is not None
-            again = charged_again(found.current, revision=found.next_revision, units=book.units)
-            to, less = lowered(again, key, steps, book=book)
-            if less:
-                steps -= less
-                changes.append(Change(found, to, [CounterMove(key, Counter(credit=less))]))
-    return changes
-
-
-async def _find_latest(
-    connection: Connection, key: CounterKey, price: OwnPrice, *, before: Place | None
-) -> list[Place]:
-    """The latest uses that may have been charged something under a price in a period, before one of them."""
-    partition, account, price_id, period = key
-    assert price.period is not None
-    place = None if before is None else (before.occurred_at, before.source, before.event_id)
-    cursor = await connection.execute(
-        """
-        SELECT partition, source, event_id, occurred_at FROM usage_log
-        WHERE partition = %(partition)s AND account = %(account)s AND type = %(type)s
-              AND occurred_at >= %(since)s AND occurred_at < %(until)s AND NOT superseded
-              AND (%(at)s::timestamptz IS NULL
-                   OR (occurred_at, source, event_id) < (%(at)s::timestamptz, %(source)s::text, %(event_id)s::text))
-              AND (SELECT sum((each ->> 'exact')::numeric) FROM jsonb_array_elements(line_items) AS each
-                   WHERE each ->> 'price_id' = %(price)s) > 0
-              AND EXISTS (SELECT FROM jsonb_array_elements(amounts) AS each
-                          WHERE each ->> 'unit' = %(unit)s AND (each ->> 'amount')::numeric > 0)
-        ORDER BY occurred_at DESC, source DESC, event_id DESC LIMIT %(limit)s
-        """,
-        {
-            "partition": partition,
-            "account": account,
-            "type": price.type,
-            "since": period,
-            "until": period_end(price.period, period),
-            **dict(zip(("at", "source", "event_id"), place or (None, None, None), strict=True)),
-            "price": price_id,
-            "unit": price.unit,
-            "limit": EVENTS_MAX,
-        },
-    )
-    return [Place(number, source, id, at.astimezone(UTC)) for number, source, id, at in await cursor.fetchall()]
-
-
-def _correction(key: CounterKey, changes: Sequence[Change], *, unit: str) -> NewCorrection:
+def _correction(key: CounterKey, changes: Sequence[Change], book: PriceBook) -> NewCorrection:
     """Its record. The id says what is given back, and of which versions: that is only ever done once."""
     partition, account, price, period = key
+    counted = book.counted_price(price)
+    assert counted is not None
     given_back = [
         (each.found.place.source, each.found.place.event_id, each.found.next_revision, each.counted[0].by.credit)
         for each in changes
@@ -131,7 +70,9 @@ def _correction(key: CounterKey, changes: Sequence[Change], *, unit: str) -> New
         id=f"settle:{body_hash.hex()[:32]}",
         kind="settle",
         body_hash=body_hash,
-        parameters=records.as_json({"account": account, "price": price, "period": period.isoformat(), "unit": unit}),
+        parameters=records.as_json(
+            {"account": account, "price": price, "period": period.isoformat(), "unit": counted.unit}
+        ),
         reason=REASON,
         actor=ACTOR,
     )

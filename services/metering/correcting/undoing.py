@@ -7,7 +7,7 @@ import msgspec
 from contracts.envelope import read_usage_event
 from contracts.partition import PARTITION_COUNT
 from services.metering import store
-from services.metering.correcting import records, versions
+from services.metering.correcting import carrying, records, versions
 from services.metering.correcting.changing import (
     Change,
     Rating,
@@ -87,8 +87,11 @@ async def undo_slice(connection: Connection, task: Task, cursor: Cursor) -> Slic
         },
     )
     changes = [_restored(item, found, rating, task) for item, found in undone]
-    written = await write(connection, changes, task, heads=heads, counters=rating.moved())
-    revisions = {(each.partition, each.source, each.event_id): each.to_revision for each in written.items}
+    # What was counted since makes others cost more or less than before it was corrected.
+    settled = await carrying.settle_corrected(connection, changes, rating, task)
+    written = await write(connection, [*changes, *settled], task, heads=heads, counters=rating.moved())
+    revisions = {each.key: each.to_revision for each in written.items}
+    await records.settle_items(connection, task.id, [each for each in written.items if each.key not in places])
     await records.undo_items(connection, [(item, revisions[item.key]) for item, _ in undone])
     following = None
     if len(items) == EVENTS_MAX:

@@ -10,7 +10,7 @@ import httpx2
 import pytest
 
 from contracts.partition import partition_of
-from services.metering.correcting import settling, undoing
+from services.metering.correcting import carrying, settling, undoing
 from services.metering.correcting.settling import Settler
 from tests.integration.metering.correcting import add, agree, ask, correct, named, undo, until, version
 from tests.integration.metering.driving import WAIT_SECONDS_MAX, Driver, Json
@@ -113,7 +113,7 @@ async def test_in_whatever_order_and_batches_the_same_is_charged_and_receipts_sa
 
 
 async def test_no_more_is_given_back_than_what_counted_cost(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settling, "EVENTS_MAX", 3)
+    monkeypatch.setattr(carrying, "EVENTS_MAX", 3)
     free = [{"up_to": "100", "price": "1"}, {"up_to": None, "price": "0"}]
     async with driver.running() as http:
         await begin(http, driver, "acme-1", prices=falling(tiers=free))
@@ -136,7 +136,7 @@ async def test_no_more_is_given_back_than_what_counted_cost(driver: Driver, monk
 async def test_use_that_cost_less_than_a_step_does_not_hide_what_can_be_given_back(
     driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(settling, "EVENTS_MAX", 1)
+    monkeypatch.setattr(carrying, "EVENTS_MAX", 1)
     steep = [{"up_to": "100", "price": "1"}, {"up_to": None, "price": "0.2"}]
     tiny = {"data": {"n": "0.000000001"}, "time": "2026-03-30T12:00:00Z"}
     async with driver.running() as http:
@@ -220,6 +220,83 @@ async def test_a_correction_undone_after_more_use_leaves_what_all_costs(driver: 
         await kept(driver)
         await until_settled(driver)
         assert await agree(http, driver) == {"acme-1": {"usd": cost(210, 4)}}
+
+
+@pytest.mark.parametrize(
+    ("tiers", "quantities", "whole"),
+    [
+        # What is left costs the higher price of the lower tier.
+        (FALLS, (60, 41), cost(41, 1)),
+        # What is left was paid for, and is what is free.
+        ([{"up_to": "10", "price": "0"}, {"up_to": None, "price": "1"}], (60, 10), Decimal("0.25")),
+    ],
+)
+async def test_a_void_charges_or_gives_back_what_the_rest_of_its_period_costs_more_or_less_and_undone_it_has_not(
+    driver: Driver, tiers: Any, quantities: tuple[int, int], whole: Decimal
+) -> None:
+    async with driver.running() as http:
+        await begin(http, driver, "acme-1", prices=falling(tiers=tiers))
+        for number, n in enumerate(quantities):
+            await driver.publish([render(number, n)])
+            await driver.until_counted(new=number + 1, charged=number + 1)
+        await until_settled(driver)
+        before = await agree(http, driver)
+        versions = [await ask(http, driver, f"/api/v1/receipts/demo/use-{number}") for number in (0, 1)]
+        counters = await driver.rows("SELECT quantity, credit FROM price_counters")
+        void = {"id": "v", "kind": "void", "events": named(0)}
+        dry = await correct(http, driver, void, status=200, dry_run=True)
+        done = await correct(http, driver, void)
+        # Of what nobody used since, and at once.
+        assert await agree(http, driver) == {"acme-1": {"usd": whole}}
+        assert await driver.rows("SELECT quantity, credit FROM price_counters") == [(quantities[1], 0)]
+        assert Decimal(done["difference"]["usd"]) == whole - before["acme-1"]["usd"]
+        for said in ("difference", "counts", "accounts", "events"):
+            assert dry[said] == done[said]
+        assert done["counts"] == {"events": 1, "corrected": 1, "unchanged": 0, "settled": 1}
+        assert [(each["id"], each["to_revision"] is None) for each in done["events"]] == [
+            ("use-0", True), ("use-1", False),
+        ]  # fmt: skip
+        assert await correct(http, driver, void, status=200)
+        receipt = await ask(http, driver, "/api/v1/receipts/demo/use-1")
+        assert receipt["items"][-1] | {"quantity": "adjustment", "tier": "settled"} == receipt["items"][-1]
+        assert receipt["corrections"][-1]["kind"] == "void"
+        assert await agree(http, driver) == {"acme-1": {"usd": whole}}
+        undone = await undo(http, driver, "v")
+        assert undone["counts"] | {"undone": 2, "left": 0} == undone["counts"]
+        assert await agree(http, driver) == before
+        assert await driver.rows("SELECT quantity, credit FROM price_counters") == counters
+        for number, was in enumerate(versions):
+            restored = await ask(http, driver, f"/api/v1/receipts/demo/use-{number}")
+            assert (restored["items"], restored["amounts"]) == (was["items"], was["amounts"])
+        settled = (await ask(http, driver, "/api/v1/corrections"))["corrections"]
+        assert [each["id"] for each in settled if each["kind"] != "settle"] == ["v"]
+
+
+async def test_who_carries_what_a_void_raised_can_be_corrected_and_undone_in_any_order(driver: Driver) -> None:
+    for order in ("av", "va"):
+        async with driver.running() as http:
+            account, first = f"acme-{order}", 10 * "av".index(order[0])
+            a, b, c = first, first + 1, first + 2
+            if not first:
+                await add(http, driver, falling())
+            await driver.open(account)
+            await driver.until_open([account])
+            await driver.publish([render(number, 40, account=account) for number in (a, b, c)])
+            await driver.until("SELECT count(*)::int FROM usage_log WHERE revision = 0", 3 if not first else 6)
+            await until_settled(driver)
+            before = (await agree(http, driver))[account]
+            amend = {"id": f"a{order}", "kind": "amend", "events": [named(c)[0] | {"data": {"n": 30}}]}
+            await correct(http, driver, amend)
+            await until_settled(driver)
+            await correct(http, driver, {"id": f"v{order}", "kind": "void", "events": named(a)})
+            assert (await agree(http, driver))[account] == {"usd": cost(70, 2)}
+            for id in order:
+                undone = await undo(http, driver, f"{id}{order}")
+                # What carries the difference is not in the way, unless it is something else by now.
+                assert undone["counts"]["left"] == (1 if (id, order) == ("v", "av") else 0)
+                await kept(driver)
+            await until_settled(driver)
+            assert (await agree(http, driver))[account] == before
 
 
 async def test_what_had_waited_for_a_price_is_counted_no_more_once_its_rerating_is_undone_whatever_came_since(
