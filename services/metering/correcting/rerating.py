@@ -324,11 +324,11 @@ async def _recount(
 def _settle(
     uses: Sequence[Found], made: dict[Key, Charged], now: dict[CounterKey, Counter], *, book: PriceBook
 ) -> None:
-    """Have the latest of what is re-rated cost less by what a price has lowered: there is no use to take it off."""
+    """Have the latest of what is re-rated cost less, or more, by what is carried: there is no use to come for it."""
     for key, counter in now.items():
         credit = counter.credit
         for each in reversed(uses):
-            if credit >= 0:
+            if not credit:
                 break
             if (rated := made.get(each.place.key)) is not None:
                 made[each.place.key], steps = lowered(rated, key, -credit, book=book)
