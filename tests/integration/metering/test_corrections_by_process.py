@@ -7,9 +7,9 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Final
@@ -43,7 +43,9 @@ SECONDS_MAX: Final = 60.0
 CONNECTIONS: Final = {
     "settle": "metering-settling",
     "void": "metering-pool",
+    "amend": "metering-pool",
     "rerate": "metering-corrections",
+    "backfill": "metering-corrections",
     "undo": "metering-corrections",
 }
 STEEP: Final = [{"up_to": "100", "price": "1"}, {"up_to": None, "price": "0.2"}]
@@ -123,47 +125,75 @@ async def commands(
         yield run
 
 
+@dataclass(frozen=True, slots=True)
+class Rated:
+    """What stands of what was reported."""
+
+    # Of each account the prices by which it was rated last; of calls that were amended since, theirs.
+    prices: Mapping[str, str] = field(default_factory=dict)
+    amended: Mapping[str, str] = field(default_factory=dict)
+    data: Mapping[str, Json] = field(default_factory=dict)
+    void: frozenset[str] = frozenset()
+
+
 class Told:
     """What was reported and asked for, and what each account is to be charged by that, computed here."""
 
     def __init__(self) -> None:
         self.uses: list[Json] = []
-        self.void: list[str] = []
-        # Of each account the prices by which it was rated last.
-        self.prices: dict[str, str] = {}
-        # Re-ratings that are not undone, and the prices before.
-        self.rerated: list[tuple[str, dict[str, str]]] = []
+        self.rated = Rated()
+        # Corrections that are not undone, the last one last, and what had stood before each.
+        self.corrected: list[tuple[str, Rated]] = []
 
     def further(self) -> list[Json]:
         """Use of further accounts, each of which has to be given something back, in whatever order it comes."""
         accounts = [f"acme-{len(self.uses)}-{number}" for number in range(3)]
-        self.prices |= dict.fromkeys(accounts, "falling")
-        made: list[Json] = []
-        for account in accounts:
-            number = len(self.uses) + len(made)
-            made += [render(number + place, n, account=account) for place, n in enumerate((60, 40, 1))]
-            made += [event(number + place, subject=account) for place in range(3, 23)]
+        self.rated = replace(self.rated, prices={**self.rated.prices, **dict.fromkeys(accounts, "falling")})
+        return [use for account in accounts for use in self.use_of(account)]
+
+    def use_of(self, account: str) -> list[Json]:
+        """Some more of an account."""
+        number = len(self.uses)
+        made = [render(number + place, n, account=account) for place, n in enumerate((60, 40, 1))]
+        made += [event(number + place, subject=account) for place in range(3, 23)]
         self.uses += made
         return made
+
+    def calls(self, number: int) -> list[Json]:
+        """The first calls that are not void."""
+        return [use for use in self.uses if use["type"] != "render" and use["id"] not in self.rated.void][:number]
+
+    def correct(self, id: str, rated: Rated) -> None:
+        """Note what stands after a correction."""
+        self.corrected.append((id, self.rated))
+        self.rated = rated
+
+    def undo(self) -> str:
+        """Note that the last correction is undone. Accounts that came since stay."""
+        id, before = self.corrected.pop()
+        self.rated = replace(before, prices={**self.rated.prices, **before.prices})
+        return id
 
     def costs(self) -> dict[str, dict[str, Decimal]]:
         """By account and unit."""
         found = {}
-        for account, prices in self.prices.items():
-            of = [use for use in self.uses if use["subject"] == account and use["id"] not in self.void]
-            calls = [use["data"] for use in of if use["type"] != "render"]
+        for account, prices in self.rated.prices.items():
+            of = [use for use in self.uses if use["subject"] == account and use["id"] not in self.rated.void]
             renders = [use["data"]["n"] for use in of if use["type"] == "render"]
-            into, out, render_price = PRICES[prices]
-            usd = render_price * sum(renders) + Decimal("0.25") * len(renders)
-            for each in calls:
-                usd += (into * each["input_tokens"] + out * each["output_tokens"]) / 1_000_000
+            calls = [use["id"] for use in of if use["type"] != "render"]
+            usd = PRICES[prices][2] * sum(renders) + Decimal("0.25") * len(renders)
+            for use in of:
+                if use["type"] != "render":
+                    into, out, _ = PRICES[self.rated.amended.get(use["id"], prices)]
+                    data = self.rated.data.get(use["id"], use["data"])
+                    usd += (into * data["input_tokens"] + out * data["output_tokens"]) / 1_000_000
             found[account] = {"usd": usd} | ({"calls": Decimal(len(calls))} if calls else {})
         return found
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A correction to be asked for, or to be undone."""
+    """A correction to be asked for, to be applied, or to be undone."""
 
     path: str
     body: Json
@@ -188,29 +218,46 @@ async def report(told: Told, driver: Driver) -> None:
     await driver.publish(uses)
 
 
-async def begin(what: str, told: Told, driver: Driver) -> Request | None:
+async def begin(what: str, told: Told, http: httpx2.AsyncClient, driver: Driver) -> Request | None:
     """Have there be one more of a kind to be done; what is to be asked for, if it is not done by itself."""
-    id = f"{what}-{len(told.uses)}-{len(told.void)}-{len(told.rerated)}"
+    id, rated = f"{what}-{len(told.uses)}-{len(told.rated.void)}-{len(told.corrected)}", told.rated
     match what:
         case "settle":
             await report(told, driver)
             return None
         case "void":
-            calls = [use["id"] for use in told.uses if use["type"] != "render" and use["id"] not in told.void][:3]
-            told.void += calls
+            calls = [use["id"] for use in told.calls(3)]
+            told.correct(id, replace(rated, void=rated.void.union(calls)))
             return Request("", {"id": id, "kind": "void", "events": [{"source": "demo", "id": call} for call in calls]})
+        case "amend":
+            data = {use["id"]: {**use["data"], "input_tokens": len(told.uses) + 7} for use in told.calls(3)}
+            amended = dict.fromkeys(data, "falling")
+            told.correct(id, replace(rated, data={**rated.data, **data}, amended={**rated.amended, **amended}))
+            events = [{"source": "demo", "id": call, "data": each} for call, each in data.items()]
+            return Request("", {"id": id, "kind": "amend", "events": events})
         case "rerate":
             # While it is settled what is charged now.
             await report(told, driver)
             await driver.until("SELECT count(*)::int FROM seen", len(told.uses))
-            prices = "falling" if "plain" in told.prices.values() else "plain"
-            told.rerated.append((id, told.prices))
-            told.prices = dict.fromkeys(told.prices, prices)
+            prices = "falling" if "plain" in told.rated.prices.values() else "plain"
+            told.correct(id, replace(told.rated, prices=dict.fromkeys(told.rated.prices, prices), amended={}))
             return Request("", {"id": id, "kind": "rerate", "account": "*", **PERIOD, "price_version": prices})
+        case "backfill":
+            account = list(rated.prices)[-1]
+            gone = {use["id"] for use in told.uses if use["subject"] == account}
+            staged = told.use_of(account)
+            undone = rated.void.union(use["id"] for use in staged)
+            told.rated = replace(rated, void=undone)
+            told.correct(id, replace(rated, void=rated.void | gone, prices={**rated.prices, account: "falling"}))
+            asked = {"id": id, "kind": "backfill", "account": account, **PERIOD, "replace": True}
+            await Request("", asked).ask(http, driver)
+            answer = await http.post(
+                f"/api/v1/corrections/{id}/events", json=staged, headers=driver.headers("operator")
+            )
+            assert answer.status_code == 200, answer.text
+            return Request(f"/{id}/apply", {})
         case _:
-            id, before = told.rerated.pop()
-            told.prices = told.prices | before
-            return Request(f"/{id}/undo", {})
+            return Request(f"/{told.undo()}/undo", {})
 
 
 async def exact(http: httpx2.AsyncClient, driver: Driver, told: Told) -> None:
@@ -244,7 +291,7 @@ async def kill_in_turn(
             if what is None or point is None:
                 return
             await points.begin(connection=CONNECTIONS[what], point=point)
-            request = await begin(what, told, driver)
+            request = await begin(what, told, http, driver)
             asking = [] if request is None else [asyncio.create_task(request.ask(http, driver))]
             await points.until_reached()
             process.end()
@@ -258,7 +305,10 @@ async def test_who_is_killed_in_the_middle_of_a_correction_has_done_it_once_or_n
     driver: Driver, metering_settings: MeteringSettings, points: Standing, tmp_path: Path
 ) -> None:
     chance = random.Random(SEED)
-    kills = [(what, chance.choice(POINTS)) for what in ("settle", "rerate", chance.choice(("void", "undo")))]
+    kills = [
+        (what, chance.choice(POINTS))
+        for what in ("settle", "rerate", chance.choice(("void", "amend", "backfill", "undo")))
+    ]
     await kill_in_turn(kills, driver, metering_settings, points, tmp_path)
 
 
@@ -267,8 +317,9 @@ async def test_who_is_killed_in_the_middle_of_a_correction_has_done_it_once_or_n
 async def test_who_is_killed_at_any_point_of_any_correction_has_done_it_once_or_not_at_all(
     driver: Driver, metering_settings: MeteringSettings, points: Standing, tmp_path: Path
 ) -> None:
-    kills = [(what, point) for point in POINTS for what in ("settle", "void", "rerate", "rerate", "undo")]
-    await kill_in_turn(kills * 2, driver, metering_settings, points, tmp_path)
+    kinds = ("settle", "void", "amend", "undo", "rerate", "backfill", "undo", "undo", "rerate", "undo")
+    kills = [(what, point) for point in POINTS for what in kinds]
+    await kill_in_turn(kills, driver, metering_settings, points, tmp_path)
 
 
 async def test_the_command_previews_does_follows_and_undoes(
