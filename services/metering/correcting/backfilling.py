@@ -12,11 +12,13 @@ import msgspec
 from psycopg import sql
 
 from contracts.partition import partition_of
+from contracts.pricing import Counter
 from services.metering import store, translate
-from services.metering.correcting import records, rerating, versions
-from services.metering.correcting.changing import Change, Rating, Slice, Task, Voided
+from services.metering.correcting import carrying, records, rerating, versions
+from services.metering.correcting.changing import Change, Rating, Slice, Task, VersionNotRead, Voided
 from services.metering.correcting.records import Correction
 from services.metering.correcting.versions import Found, Place
+from services.metering.domain.prices import CounterKey, PriceBook, period_end
 from services.metering.domain.usage import Key, Usage
 from services.metering.store import Connection
 from services.metering.translate.items import is_same_data
@@ -46,11 +48,15 @@ class Parameters(msgspec.Struct, rename={"since": "from", "until": "to"}):
 
 
 class Cursor(msgspec.Struct):
-    """How far it is: first in what is to be void, by time, source and id; then in what is staged, by number."""
+    """How far it is: first in what is to be void, by time, source and id; then in what is staged, by number.
+
+    At last in what it left owed by others.
+    """
 
     of: int
     done: int = 0
     is_replacing: bool = False
+    is_settling: bool = False
     place: tuple[str, str, str] | None = None
     number: int = 0
 
@@ -178,6 +184,8 @@ async def apply_slice(
     """Apply the next slice, in the caller's transaction. VersionNotRead."""
     if cursor.is_replacing:
         return await _replace_slice(connection, correction, task, parameters, cursor)
+    if cursor.is_settling:
+        return await _settle_slice(connection, task, parameters, cursor)
     rows = await _fetch(
         connection,
         """
@@ -213,9 +221,11 @@ async def apply_slice(
             rating.take_out(found.current)
         changes.append(Change(found, rating.rated(usage), rating.moves()))
     written = await records.write_and_record(connection, changes, task, heads=heads, counters=rating.moved())
-    following = None
+    following = msgspec.structs.replace(cursor, done=cursor.done + len(rows))
     if len(rows) == EVENTS_MAX:
-        following = msgspec.structs.replace(cursor, done=cursor.done + len(rows), number=rows[-1][0])
+        following.number = rows[-1][0]
+    else:
+        following.is_settling = True
     return Slice(following, counts, written)
 
 
@@ -285,6 +295,43 @@ async def _replace_slice(
         following = msgspec.structs.replace(following, is_replacing=False, place=None)
     counts = {"events": len(rows), "corrected": len(rows), "replaced": len(rows)}
     return Slice(following, counts, written)
+
+
+async def _settle_slice(connection: Connection, task: Task, parameters: Parameters, cursor: Cursor) -> Slice:
+    """Charge what is owed of a period since some of it became void, and nothing that is staged has taken it up."""
+    heads = await store.lock_heads(connection, [parameters.partition])
+    found = await _fetch(
+        connection,
+        """
+        SELECT account, price_id, period, quantity, credit FROM price_counters
+        WHERE partition = %s AND (account = %s OR %s AND starts_with(account, %s)) AND credit > 0 AND period < %s
+        """,
+        [parameters.partition, parameters.account, parameters.tree, f"{parameters.account}/", parameters.until],
+    )
+    counters: dict[CounterKey, Counter] = {
+        (parameters.partition, account, price, period.astimezone(UTC)): Counter(quantity=quantity, credit=credit)
+        for account, price, period, quantity, credit in found
+        if _ends_after(parameters.since, price, period.astimezone(UTC), book=task.book)
+    }
+    counters.update(task.counters)
+    settled: carrying.Changes = {}
+    moved: dict[CounterKey, Counter] = {}
+    for key, counter in sorted(counters.items()):
+        if counter.credit > 0 and len(settled) < EVENTS_MAX:
+            left = await carrying.settle(connection, key, counter.credit, settled, book=task.book, not_of=task.id)
+            moved[key] = Counter(quantity=counter.quantity, credit=left)
+    written = await records.write_and_record(connection, list(settled.values()), task, heads=heads, counters=moved)
+    await records.settle_items(connection, task.id, written.items)
+    following = cursor if len(settled) == EVENTS_MAX else None
+    return Slice(following, {"settled": len(settled)} if settled else {}, written)
+
+
+def _ends_after(time: datetime, price_id: str, period: datetime, *, book: PriceBook) -> bool:
+    """Whether a counter counts any use from a time on."""
+    price = book.counted_price(price_id)
+    if price is None or price.period is None:
+        raise VersionNotRead(f"with {price_id}")
+    return period_end(price.period, period) > time
 
 
 def _to_be_void(

@@ -14,6 +14,7 @@ from services.metering.settings import MeteringSettings
 from tests.integration.metering.correcting import add, agree, ask, correct, named, undo, until, version
 from tests.integration.metering.driving import Driver, Json
 from tests.integration.metering.test_rerating import render
+from tests.integration.metering.test_settling import cost, falling
 from tests.unit.metering.building import NOON, event
 
 pytestmark = pytest.mark.anyio
@@ -164,6 +165,38 @@ async def test_a_dry_run_counts_what_its_earlier_slices_would_have(
         assert Decimal(dry.json()["difference"]["usd"]) == before["acme-1"]["usd"] - charged
         await undo(http, driver, "b")
         assert (await agree(http, driver), await driver.rows(counters)) == (before, stood_at)
+
+
+@pytest.mark.parametrize("staged", [(), (7,)])
+async def test_what_replacing_raises_of_the_rest_of_a_period_is_charged_with_it(
+    driver: Driver, staged: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backfilling, "EVENTS_MAX", 2)
+    async with driver.running() as http:
+        await add(http, driver, falling())
+        await driver.open("acme-1")
+        await driver.until_open(["acme-1"])
+        # On four days, of which one is replaced.
+        await driver.publish([render(number, 20) for number in range(12)])
+        await driver.until_counted(new=12, charged=12)
+        before = await agree(http, driver)
+        of_a_day = {"from": "2026-03-14T00:00:00Z", "to": "2026-03-15T00:00:00Z", "replace": True}
+        assert {NOON.date().isoformat()} == {"2026-03-14"}
+        for id, days in (("b", (0,)), ("c", (1, 2))):
+            window = of_a_day | {
+                "from": f"2026-03-{14 + days[0]}T00:00:00Z",
+                "to": f"2026-03-{15 + days[-1]}T00:00:00Z",
+            }
+            await correct(http, driver, {"id": id, **BACKFILL, **window})
+            if staged and id == "b":
+                await stage(http, driver, id, [render(100 + 4 * place, n) for place, n in enumerate(staged)])
+            await apply(http, driver, id)
+        rest = 60 + sum(staged)
+        assert await agree(http, driver) == {"acme-1": {"usd": cost(rest, 3 + len(staged))}}
+        assert await driver.rows("SELECT quantity, credit FROM price_counters") == [(rest, 0)]
+        for id in ("c", "b"):
+            assert (await undo(http, driver, id))["counts"]["left"] == 0
+        assert await agree(http, driver) == before
 
 
 async def test_what_cannot_be_staged_is_named(driver: Driver) -> None:

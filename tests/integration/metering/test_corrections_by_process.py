@@ -141,9 +141,11 @@ class Told:
 
     def __init__(self) -> None:
         self.uses: list[Json] = []
+        # Of backfills that are undone.
+        self.unstaged: set[str] = set()
         self.rated = Rated()
-        # Corrections that are not undone, the last one last, and what had stood before each.
-        self.corrected: list[tuple[str, Rated]] = []
+        # Corrections that are not undone, the last one last, what had stood before each, and what it staged.
+        self.corrected: list[tuple[str, Rated, Sequence[Json]]] = []
 
     def further(self) -> list[Json]:
         """Use of further accounts, each of which has to be given something back, in whatever order it comes."""
@@ -161,24 +163,29 @@ class Told:
 
     def calls(self, number: int) -> list[Json]:
         """The first calls that are not void."""
-        return [use for use in self.uses if use["type"] != "render" and use["id"] not in self.rated.void][:number]
+        return [use for use in self.uses if use["type"] != "render" and self.stands(use)][:number]
 
-    def correct(self, id: str, rated: Rated) -> None:
+    def correct(self, id: str, rated: Rated, *, staged: Sequence[Json] = ()) -> None:
         """Note what stands after a correction."""
-        self.corrected.append((id, self.rated))
+        self.corrected.append((id, self.rated, staged))
         self.rated = rated
 
     def undo(self) -> str:
         """Note that the last correction is undone. Accounts that came since stay."""
-        id, before = self.corrected.pop()
+        id, before, staged = self.corrected.pop()
         self.rated = replace(before, prices={**self.rated.prices, **before.prices})
+        self.unstaged.update(use["id"] for use in staged)
         return id
+
+    def stands(self, use: Json) -> bool:
+        """Whether a use counts."""
+        return use["id"] not in self.rated.void and use["id"] not in self.unstaged
 
     def costs(self) -> dict[str, dict[str, Decimal]]:
         """By account and unit."""
         found = {}
         for account, prices in self.rated.prices.items():
-            of = [use for use in self.uses if use["subject"] == account and use["id"] not in self.rated.void]
+            of = [use for use in self.uses if use["subject"] == account and self.stands(use)]
             renders = [use["data"]["n"] for use in of if use["type"] == "render"]
             calls = [use["id"] for use in of if use["type"] != "render"]
             usd = PRICES[prices][2] * sum(renders) + Decimal("0.25") * len(renders)
@@ -246,9 +253,8 @@ async def begin(what: str, told: Told, http: httpx2.AsyncClient, driver: Driver)
             account = list(rated.prices)[-1]
             gone = {use["id"] for use in told.uses if use["subject"] == account}
             staged = told.use_of(account)
-            undone = rated.void.union(use["id"] for use in staged)
-            told.rated = replace(rated, void=undone)
-            told.correct(id, replace(rated, void=rated.void | gone, prices={**rated.prices, account: "falling"}))
+            prices_now = {**rated.prices, account: "falling"}
+            told.correct(id, replace(rated, void=rated.void | gone, prices=prices_now), staged=staged)
             asked = {"id": id, "kind": "backfill", "account": account, **PERIOD, "replace": True}
             await Request("", asked).ask(http, driver)
             answer = await http.post(
