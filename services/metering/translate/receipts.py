@@ -25,7 +25,7 @@ class ReceiptItem(BaseModel):
     `tier` says which of several prices it is, `price_id` of which own price. A surcharge in percent is per 100 of what
     `count` says. `adjustment` is what a volume price changes of what was counted before; `credit` and `carried` are
     what that left over from earlier events, and leaves for later ones. An `adjustment` of the tier `settled` is given
-    back, since later events have lowered what this one cost.
+    back, since later events have lowered what this one cost; or a correction of others has, or has raised it.
     """
 
     quantity: str
