@@ -5,8 +5,7 @@ the way; a value is a JSON number, or a string of one. An event whose value is m
 alone, and a group with no value at all has no row.
 """
 
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Final, assert_never
@@ -31,14 +30,12 @@ from services.metering.domain.meters import (
     plain,
 )
 from services.metering.domain.windows import window_bounds
+from services.metering.queries.reading import APART, snapshot
 
 # A year of hours, a week of minutes.
 WINDOWS_MAX: Final = 12_000
 ROWS_MAX: Final = 20_000
 LISTED_MAX: Final = 10_000
-
-# For hashes and sorts of one step of an answer.
-WORK_MEMORY: Final = "32MB"
 
 # Above that, a number is none: nothing that is used is counted so.
 NUMBER_MAX: Final = "1e40"
@@ -62,7 +59,7 @@ class TooManyRows(ValueError):
 
 async def ask_meter(connection: Connection, meter: Meter, question: MeterQuestion) -> list[Aggregate]:
     """The answer, in the order of windows and groups. TooManyWindows, TooManyRows."""
-    async with _snapshot(connection):
+    async with snapshot(connection):
         bounds = await _bounds(connection, meter, question) if question.size is not None else None
         if question.size is not None and bounds is None:
             return []
@@ -96,14 +93,6 @@ async def list_values(
     if len(found) > LISTED_MAX:
         raise TooManyRows(LISTED_MAX)
     return found
-
-
-@asynccontextmanager
-async def _snapshot(connection: Connection) -> AsyncIterator[None]:
-    async with connection.transaction():
-        await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-        await connection.execute(f"SET LOCAL work_mem = '{WORK_MEMORY}'")
-        yield
 
 
 async def _bounds(connection: Connection, meter: Meter, question: MeterQuestion) -> list[datetime] | None:
@@ -160,21 +149,21 @@ def _statement(
     return statement, {**picked.parameters, "bounds": None if bounds is None else list(bounds)}
 
 
-# Steps that OFFSET keeps apart: what is computed of an event is computed once, and its data goes no further.
-_READ: Final = """
-SELECT {bucket} AS bucket, occurred_at, source, event_id, partition, {value} AS value {groups} FROM {rows} OFFSET 0
+_READ: Final = f"""
+SELECT {{bucket}} AS bucket, occurred_at, source, event_id, partition, {{value}} AS value {{groups}}
+FROM {{rows}} {APART}
 """
-_NUMBERS: Final = """
+_NUMBERS: Final = f"""
 SELECT bucket, occurred_at, source, event_id, partition,
-       CASE WHEN abs(value) < {maximum}::numeric AND scale(value) <= {decimals} THEN value END AS value {names}
+       CASE WHEN abs(value) < {{maximum}}::numeric AND scale(value) <= {{decimals}} THEN value END AS value {{names}}
 FROM (SELECT bucket, occurred_at, source, event_id, partition,
              CASE jsonb_typeof(value)
                  WHEN 'number' THEN value::numeric
-                 WHEN 'string' THEN CASE WHEN length(value #>> ARRAY[]::text[]) <= {length}
-                                              AND value #>> ARRAY[]::text[] ~ {form}
+                 WHEN 'string' THEN CASE WHEN length(value #>> ARRAY[]::text[]) <= {{length}}
+                                              AND value #>> ARRAY[]::text[] ~ {{form}}
                                          THEN (value #>> ARRAY[]::text[])::numeric END
-             END AS value {names}
-      FROM ({read}) AS read OFFSET 0) AS numbers OFFSET 0
+             END AS value {{names}}
+      FROM ({{read}}) AS read {APART}) AS numbers {APART}
 """
 _NUMBER_FORM: Final = r"^[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9][0-9]?)?$"
 

@@ -15,6 +15,7 @@ from pydantic import AwareDatetime, BaseModel
 
 from contracts.partition import partition_of
 from contracts.usage import MODEL_USED
+from services.metering.queries.reading import APART, snapshot
 
 # Of one account, in its summary: those with the most events.
 FEATURES_MAX: Final = 50
@@ -56,10 +57,9 @@ _GROUPS: Final[Mapping[Group, str]] = {
 }
 GROUPS: Final[tuple[Group, ...]] = tuple(_GROUPS)
 
-_LATENCY: Final = """
-(SELECT CASE jsonb_typeof(node) WHEN 'number' THEN node::numeric END
- FROM (SELECT coalesce(data #> '{attributes,latency_ms}', data -> 'latency_ms')) AS found (node))
-"""
+# Of what stands there only a number is a latency.
+_LATENCY_NODE: Final = "coalesce(data #> '{attributes,latency_ms}', data -> 'latency_ms')"
+_LATENCY: Final = "CASE jsonb_typeof(node) WHEN 'number' THEN node::numeric END"
 
 
 class Sums(BaseModel):
@@ -173,7 +173,8 @@ async def usage_after(
 ) -> list[UsageRow]:
     """Use by groups, in their order, after a place: one value per group."""
     keys = [sql.SQL(_GROUPS[name]) for name in groups] or [sql.SQL("''")]
-    rows = await _summed(connection, selection, keys, place=place, limit=limit)
+    async with snapshot(connection):
+        rows = await _summed(connection, selection, keys, place=place, limit=limit)
     return [UsageRow(**dict(zip(groups, key, strict=False)), **found) for key, found in rows]
 
 
@@ -182,9 +183,10 @@ async def usage_by_window(connection: Connection, selection: Selection, bounds: 
     bucket = sql.SQL("lpad(width_bucket(occurred_at, {}::timestamptz[])::text, 8, '0')").format(
         sql.Placeholder("bounds")
     )
-    rows = await _summed(
-        connection, selection, [bucket], place=None, limit=len(bounds), parameters={"bounds": list(bounds)}
-    )
+    async with snapshot(connection):
+        rows = await _summed(
+            connection, selection, [bucket], place=None, limit=len(bounds), parameters={"bounds": list(bounds)}
+        )
     found = {int(key): sums for (key,), sums in rows}
     nothing: dict[str, Any] = {**dict.fromkeys(Sums.model_fields, 0), "amounts": {}}
     return [
@@ -197,18 +199,9 @@ async def summaries_after(
     connection: Connection, selection: Selection, place: Sequence[str] | None, *, month: str, limit: int
 ) -> list[SummaryRow]:
     """Accounts with use in the selection, which is a month, in order, after a place: an account."""
-    rows = await _summed(connection, selection, [sql.SQL("account")], place=place, limit=limit)
-    accounts = [account for (account,), _ in rows]
-    parameters, condition = _condition(selection)
-    statement = sql.SQL(_DETAILS).format(
-        latency=sql.SQL(_LATENCY),
-        status=sql.SQL(_GROUPS["status"]),
-        feature=sql.SQL(_GROUPS["feature"]),
-        condition=condition,
-        features_max=sql.Literal(FEATURES_MAX),
-    )
-    cursor = await connection.execute(statement, {**parameters, "accounts": accounts})
-    details = {account: found for account, *found in await cursor.fetchall()}
+    async with snapshot(connection):
+        rows = await _summed(connection, selection, [sql.SQL("account")], place=place, limit=limit)
+        details = await _details(connection, selection, [account for (account,), _ in rows])
     return [
         SummaryRow(
             account=account,
@@ -231,16 +224,18 @@ async def calls_after(
     names = _names(keys)
     statement = sql.SQL(_CALLS).format(
         selected=_selected(keys),
-        latency=sql.SQL(_LATENCY),
+        node=sql.SQL(_LATENCY_NODE),
         status=sql.SQL(_GROUPS["status"]),
         condition=condition,
         keys=names,
         after=_after(names, place),
     )
     shares = [Decimal(percentile) / 100 for percentile in PERCENTILES]
-    cursor = await connection.execute(
-        statement, {**parameters, "place": list(place or ()), "limit": limit, "shares": shares}
-    )
+    async with snapshot(connection):
+        cursor = await connection.execute(
+            statement, {**parameters, "place": list(place or ()), "limit": limit, "shares": shares}
+        )
+        rows = await cursor.fetchall()
     return [
         CallsRow(
             **dict(zip(groups, key, strict=False)),
@@ -248,7 +243,7 @@ async def calls_after(
             failed_calls=failed,
             latency_ms=None if not timed else _latencies(timed, average, least, shared, most),
         )
-        for key, calls, failed, timed, average, least, shared, most in await cursor.fetchall()
+        for key, calls, failed, timed, average, least, shared, most in rows
     ]
 
 
@@ -288,6 +283,22 @@ async def uses_before(
     ]
 
 
+async def _details(
+    connection: Connection, selection: Selection, accounts: Sequence[str]
+) -> dict[str, tuple[int, Decimal | None, Mapping[str, int]]]:
+    """By account: how many calls failed, what latencies are on average, events by feature."""
+    parameters, condition = _condition(selection)
+    statement = sql.SQL(_DETAILS).format(
+        node=sql.SQL(_LATENCY_NODE),
+        status=sql.SQL(_GROUPS["status"]),
+        feature=sql.SQL(_GROUPS["feature"]),
+        condition=condition,
+        features_max=sql.Literal(FEATURES_MAX),
+    )
+    cursor = await connection.execute(statement, {**parameters, "accounts": list(accounts)})
+    return {account: (failed, latency, features) for account, failed, latency, features in await cursor.fetchall()}
+
+
 async def _summed(
     connection: Connection,
     selection: Selection,
@@ -297,68 +308,67 @@ async def _summed(
     limit: int,
     parameters: Mapping[str, object] | None = None,
 ) -> list[tuple[list[str], dict[str, Any]]]:
-    """Keys, and the members of Sums."""
+    """Keys, and the members of Sums. To be called in a snapshot: it asks twice."""
     given, condition = _condition(selection)
     names = _names(keys)
-    statement = sql.SQL(_SUMS).format(
-        selected=_selected(keys), condition=condition, keys=names, after=_after(names, place)
+    asked = {**given, **(parameters or {}), "model_used": MODEL_USED, "place": list(place or ()), "limit": limit}
+    parts = {"selected": _selected(keys), "condition": condition, "keys": names}
+    cursor = await connection.execute(sql.SQL(_TOTALS).format(after=_after(names, place), **parts), asked)
+    totals = await cursor.fetchall()
+    if not totals:
+        return []
+    # Of what is on the page alone: to read amounts out of JSON is most of the work.
+    shown = sql.SQL("{} ARRAY[{}] <= %(last)s::text[]").format(
+        sql.SQL("{} AND").format(_after(names, place)) if place else sql.SQL("WHERE"), names
     )
-    cursor = await connection.execute(
-        statement,
-        {**given, **(parameters or {}), "model_used": MODEL_USED, "place": list(place or ()), "limit": limit},
-    )
+    cursor = await connection.execute(sql.SQL(_AMOUNTS).format(shown=shown, **parts), {**asked, "last": totals[-1][0]})
+    amounts: dict[tuple[str, ...], dict[str, str]] = {}
+    for key, unit, amount in sorted(await cursor.fetchall()):
+        amounts.setdefault(tuple(key), {})[unit] = _plain(amount)
     members = [name for name in Sums.model_fields if name != "amounts"]
     return [
-        (
-            key,
-            {
-                **dict(zip(members, sums, strict=True)),
-                "amounts": {unit: _plain(amounts[unit]) for unit in sorted(amounts)},
-            },
-        )
-        for key, *sums, amounts in await cursor.fetchall()
+        (key, {**dict(zip(members, sums, strict=True)), "amounts": amounts.get(tuple(key), {})})
+        for key, *sums in totals
     ]
 
 
 # Tokens are summed as what they are, integers; amounts as numeric, which knows no rounding in sums. Each account is
-# summed up first, by hashing, and then counted: to sort what was used would take far longer. OFFSET keeps steps apart:
-# what is computed of an event is computed once, and its data goes no further.
-_SUMS: Final = """
-WITH totals AS (
-    SELECT ARRAY[{keys}] AS key, sum(events)::bigint AS events, count(*) AS accounts,
-           coalesce(sum(input_tokens), 0)::bigint AS input_tokens,
-           coalesce(sum(output_tokens), 0)::bigint AS output_tokens,
-           sum(own_key_events)::bigint AS own_key_events, sum(charged_events)::bigint AS charged_events
+# summed up first, by hashing, and then counted: to sort what was used would take far longer.
+_TOTALS: Final = f"""
+SELECT ARRAY[{{keys}}] AS key, sum(events)::bigint AS events, count(*) AS accounts,
+       coalesce(sum(input_tokens), 0)::bigint AS input_tokens,
+       coalesce(sum(output_tokens), 0)::bigint AS output_tokens,
+       sum(own_key_events)::bigint AS own_key_events, sum(charged_events)::bigint AS charged_events
+FROM (
+    SELECT {{keys}}, used_by, count(*) AS events, sum(input_tokens) AS input_tokens,
+           sum(output_tokens) AS output_tokens, count(*) FILTER (WHERE own_key) AS own_key_events,
+           count(*) FILTER (WHERE charged) AS charged_events
     FROM (
-        SELECT {keys}, used_by, count(*) AS events, sum(input_tokens) AS input_tokens,
-               sum(output_tokens) AS output_tokens, count(*) FILTER (WHERE own_key) AS own_key_events,
-               count(*) FILTER (WHERE charged) AS charged_events
-        FROM (
-            SELECT {selected}, account AS used_by, amounts IS NOT NULL AS charged,
-                   CASE WHEN type = %(model_used)s THEN (data ->> 'input_tokens')::bigint END AS input_tokens,
-                   CASE WHEN type = %(model_used)s THEN (data ->> 'output_tokens')::bigint END AS output_tokens,
-                   type = %(model_used)s AND (data ->> 'own_key') = 'true' AS own_key
-            FROM usage_log WHERE {condition} OFFSET 0
-        ) AS used {after} GROUP BY {keys}, used_by
-    ) AS of_accounts GROUP BY {keys} ORDER BY 1 LIMIT %(limit)s
-), sums AS MATERIALIZED (
-    SELECT ARRAY[{keys}] AS key, unit, sum(amount) AS amount
-    FROM (
-        SELECT {selected}, amounts FROM usage_log WHERE amounts IS NOT NULL AND {condition} OFFSET 0
-    ) AS used CROSS JOIN LATERAL jsonb_to_recordset(amounts) AS each (unit text, amount numeric)
-    {after} GROUP BY {keys}, unit
-)
-SELECT totals.*, coalesce((SELECT jsonb_object_agg(sums.unit, sums.amount::text) FROM sums
-                           WHERE sums.key = totals.key), '{{}}') AS amounts
-FROM totals ORDER BY key
+        SELECT {{selected}}, account AS used_by, amounts IS NOT NULL AS charged,
+               CASE WHEN type = %(model_used)s THEN (data ->> 'input_tokens')::bigint END AS input_tokens,
+               CASE WHEN type = %(model_used)s THEN (data ->> 'output_tokens')::bigint END AS output_tokens,
+               type = %(model_used)s AND (data ->> 'own_key') = 'true' AS own_key
+        FROM usage_log WHERE {{condition}} {APART}
+    ) AS used {{after}} GROUP BY {{keys}}, used_by
+) AS of_accounts GROUP BY {{keys}} ORDER BY 1 LIMIT %(limit)s
+"""
+_AMOUNTS: Final = f"""
+SELECT ARRAY[{{keys}}] AS key, unit, sum(amount)::text
+FROM (
+    SELECT {{selected}}, amounts FROM usage_log WHERE amounts IS NOT NULL AND {{condition}} {APART}
+) AS used CROSS JOIN LATERAL jsonb_to_recordset(amounts) AS each (unit text, amount numeric)
+{{shown}} GROUP BY {{keys}}, unit
 """
 
 _FAILED: Final = "status ~ '^[0-9]{{1,9}}$' AND status::bigint >= 400"
 
 _DETAILS: Final = f"""
 WITH used AS MATERIALIZED (
-    SELECT account, {{status}} AS status, {{feature}} AS feature, {{latency}} AS latency
-    FROM usage_log WHERE {{condition}} AND account = ANY(%(accounts)s)
+    SELECT account, status, feature, {_LATENCY} AS latency
+    FROM (
+        SELECT account, {{status}} AS status, {{feature}} AS feature, {{node}} AS node
+        FROM usage_log WHERE {{condition}} AND account = ANY(%(accounts)s) {APART}
+    ) AS read
 ), features AS (
     SELECT account, feature, count(*) AS events,
            row_number() OVER (PARTITION BY account ORDER BY count(*) DESC, feature) AS place
@@ -372,7 +382,10 @@ FROM used GROUP BY account
 
 _CALLS: Final = f"""
 WITH used AS (
-    SELECT {{selected}}, {{status}} AS status, {{latency}} AS latency FROM usage_log WHERE {{condition}} OFFSET 0
+    SELECT {{keys}}, status, {_LATENCY} AS latency
+    FROM (
+        SELECT {{selected}}, {{status}} AS status, {{node}} AS node FROM usage_log WHERE {{condition}} {APART}
+    ) AS read {APART}
 )
 SELECT ARRAY[{{keys}}] AS key, count(*), count(*) FILTER (WHERE {_FAILED}), count(latency), avg(latency), min(latency),
        percentile_disc(%(shares)s::float8[]) WITHIN GROUP (ORDER BY latency), max(latency)

@@ -56,6 +56,22 @@ def test_every_business_table_begins_with_the_partition(owner: Connection[TupleR
     assert {table for table, column in first if column != "partition"} == others
 
 
+def test_a_month_is_kept_as_all_parts_of_the_log(owner: Connection[TupleRow], runtime: Connection[TupleRow]) -> None:
+    runtime.execute("SELECT ensure_usage_month('2021-05-01')")
+
+    kept = owner.execute(
+        "SELECT inhrelid::regclass::text, reloptions, (SELECT array_agg(attname::text ORDER BY attname)"
+        " FROM pg_attribute WHERE attrelid = inhrelid AND attstattarget = 0)"
+        " FROM pg_inherits JOIN pg_class c ON c.oid = inhrelid WHERE inhparent = 'usage_log'::regclass"
+    ).fetchall()
+
+    wanted = (["autovacuum_freeze_min_age=0"], ["amounts", "context", "data", "line_items", "posted"])
+    assert {part.removeprefix("metering."): found for part, *found in kept}.items() >= {
+        "usage_log_2021_05": list(wanted),
+        "usage_log_other": list(wanted),
+    }.items()
+
+
 LOGGED = (
     "INSERT INTO usage_log (partition, occurred_at, source, event_id, account, type, recorded_at, data)"
     " VALUES (1, '2026-01-01Z', 'demo', 'use-1', 'acme', 't', now(), '{}')"
