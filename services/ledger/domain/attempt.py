@@ -7,7 +7,7 @@ from typing import Self
 from contracts.accounts import root
 from services.ledger.domain.commands import Units
 from services.ledger.domain.concerned import Place
-from services.ledger.domain.entries import Entry, Move, is_contra
+from services.ledger.domain.entries import Entry, Move, is_contra, placed
 from services.ledger.domain.evolve import evolve
 from services.ledger.domain.state import Lot, PartitionState, Payment, Wallet
 
@@ -87,20 +87,10 @@ class Attempt:
         return (name for name in self.state.accounts if name == top or name.startswith(beneath))
 
     def _entry(self, move: Move) -> Entry:
-        return Entry(
+        return placed(
+            move,
             batch=self.place.batch,
             position=self.place.position + len(self.moves),
             transaction="",
             recorded_at=self.place.recorded_at,
-            kind=move.kind,
-            account=move.account,
-            occurred_at=move.occurred_at,
-            unit=move.unit,
-            lot=move.lot,
-            lot_kind=move.lot_kind,
-            hold=move.hold,
-            posted=move.posted,
-            held=move.held,
-            frozen=move.frozen,
-            details=move.details,
         )

@@ -13,7 +13,7 @@ from contracts.ids import derived_uuid7
 from contracts.money import AMOUNT_MAX
 from services.ledger.domain.chain import columns_hash, entry_columns
 from services.ledger.domain.concerned import Place
-from services.ledger.domain.entries import Details, Entry, Move
+from services.ledger.domain.entries import Details, Entry, Move, placed
 from services.ledger.domain.evolve import evolve
 from services.ledger.domain.state import PartitionState, Trial
 
@@ -210,22 +210,12 @@ class Transaction:
         raise ValueError(f"no entry of transaction {self.id} is without details")
 
     def _entry(self, move: Move, position: int) -> Entry:
-        return Entry(
+        return placed(
+            move,
             batch=self._draft.batch,
             position=position,
             transaction=self.id,
             recorded_at=self._draft.recorded_at,
-            kind=move.kind,
-            account=move.account,
-            occurred_at=move.occurred_at,
-            unit=move.unit,
-            lot=move.lot,
-            lot_kind=move.lot_kind,
-            hold=move.hold,
-            posted=move.posted,
-            held=move.held,
-            frozen=move.frozen,
-            details=move.details,
         )
 
 

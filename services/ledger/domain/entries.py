@@ -275,6 +275,27 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     details: Details | None
 
 
+def placed(move: Move, *, batch: int, position: int, transaction: str, recorded_at: datetime) -> Entry:
+    """A move as the entry it is at a place in the journal."""
+    return Entry(
+        batch=batch,
+        position=position,
+        transaction=transaction,
+        recorded_at=recorded_at,
+        kind=move.kind,
+        account=move.account,
+        occurred_at=move.occurred_at,
+        unit=move.unit,
+        lot=move.lot,
+        lot_kind=move.lot_kind,
+        hold=move.hold,
+        posted=move.posted,
+        held=move.held,
+        frozen=move.frozen,
+        details=move.details,
+    )
+
+
 def is_contra(account: str) -> bool:
     """Contras are not accounts: they carry the other side of what is posted, and no balance."""
     return account.startswith("@")

@@ -17,7 +17,7 @@ from services.ledger.domain.commands import (
 )
 from services.ledger.domain.decide import decide
 from services.ledger.domain.draft import Transaction
-from services.ledger.domain.entries import HoldExtended, HoldPlaced, Move
+from services.ledger.domain.entries import HoldExtended, HoldPlaced, LotGranted, Move
 from services.ledger.domain.errors import Refusal
 from services.ledger.domain.state import Account, Claim, PartitionState, Wallet
 from services.ledger.handlers.catching_up import catch_up, is_due
@@ -73,7 +73,9 @@ def _done(work: Work, command: Command, moves: list[Move], transaction: Transact
         transaction_id, recorded_at, batch = since.transaction, since.recorded_at, since.batch
     if not isinstance(command, _OF_USE) and is_due(work, accounts):
         # A period may have begun, or what was granted have ended, before now.
-        moves = [*moves, *catch_up(work, accounts)]
+        caught_up = catch_up(work, accounts)
+        work.renewals += sum(isinstance(move.details, LotGranted) for move in caught_up)
+        moves = [*moves, *caught_up]
     outcome = accepted(
         partition=work.partition,
         transaction=transaction_id,

@@ -1,5 +1,6 @@
 """Commands, one by one or in lists: repeated under a known key, else carried out; tried out where no trace may stay."""
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, Final
 
@@ -9,6 +10,7 @@ from prometheus_client import Counter
 from services.kit.telemetry import REGISTRY
 from services.ledger.domain.commands import ChargeLine, Command
 from services.ledger.domain.errors import Refusal
+from services.ledger.domain.rules import CATCH_UP_MAX
 from services.ledger.handlers.carrying_out import Done, carry_out
 from services.ledger.handlers.catching_up import catch_up, concerned, is_due, overdue_before
 from services.ledger.handlers.charging import LINES
@@ -17,6 +19,10 @@ from services.ledger.handlers.work import Work
 from services.ledger.translate import refused
 
 COMMANDS: Final = Counter("scrip_ledger_commands", "Commands by outcome.", ("command", "outcome"), registry=REGISTRY)
+
+# Half of what a message carries: to a reply to a plain list one command's is added at most.
+REPLY_BYTES_MAX: Final = 4 << 20
+TOO_MUCH: Final = "too_much_at_once"
 
 _encode: Final = msgspec.json.Encoder().encode
 _CONFLICT: Final = "the idempotency key was used for a command with another body"
@@ -35,12 +41,49 @@ def take_list(work: Work, item: ListItem) -> bytes:
     """Decide commands one after the other, each as if it came alone; or all of them, or none: the reply as JSON."""
     if item.key is not None:
         return _encode(_reply_to_all(work, item, item.key))
-    if not item.dry_run:
-        return _encode({"status": "listed", "replies": [_reply(work, each) for each in item.commands]})
-    mark = work.fork()
-    replies = [_reply(work, each, is_tried_out=True) for each in item.commands]
+    mark = work.fork() if item.dry_run else None
+    answers = _Answers(work)
+    for each in item.commands:
+        if (excess := answers.excess) is None:
+            answers.add(_reply(work, each, is_tried_out=item.dry_run))
+        else:
+            message = f"not decided, to be sent in another list: {excess}"
+            answers.add({"status": "failed", "code": "busy", "message": message})
+    outcome = {"status": "listed", "replies": answers.replies}
+    if mark is None:
+        return _encode(outcome)
     work.drop(mark)
-    return _encode({"status": "listed", "replies": replies, "dry_run": True})
+    return _encode({**outcome, "dry_run": True})
+
+
+class _Answers:
+    """What is answered to a list, command by command: no more than can be sent, or than others can wait for."""
+
+    def __init__(self, work: Work) -> None:
+        self.replies: list[msgspec.Raw] = []
+        self._work = work
+        self._bytes = 0
+        self._renewals_before = work.renewals
+
+    def add(self, reply: Mapping[str, Any]) -> None:
+        """The answer to the next command."""
+        encoded = _encode(reply)
+        self._bytes += len(encoded)
+        self.replies.append(msgspec.Raw(encoded))
+
+    @property
+    def excess(self) -> str | None:
+        """Why no more of the list can be decided, if so."""
+        renewals = self._work.renewals - self._renewals_before
+        if self._bytes > REPLY_BYTES_MAX:
+            return f"{self._decided} answered in {self._bytes} bytes, and a list in at most {REPLY_BYTES_MAX}"
+        if renewals > CATCH_UP_MAX:
+            return f"{self._decided} granting {renewals} periods at once, and a list grants at most {CATCH_UP_MAX}"
+        return None
+
+    @property
+    def _decided(self) -> str:
+        return "its first command is" if len(self.replies) == 1 else f"its first {len(self.replies)} commands are"
 
 
 def _reply(work: Work, item: CommandItem, *, is_tried_out: bool = False, is_looked_up: bool = True) -> dict[str, Any]:
@@ -66,7 +109,8 @@ def _reply_to_all(work: Work, item: ListItem, key: str) -> dict[str, Any]:
     if (known := _outcome_of(work, item.principal, key)) is not None:
         return _known("list", item.body_hash, known, dry_run=item.dry_run)
     mark = work.fork()
-    done: list[Done] = []
+    answers = _Answers(work)
+    done: Done | None = None
     for place, each in enumerate(item.commands):
         accounts = concerned(work, each.command)
         catch_up(work, accounts, overdue_before(work, accounts, (each.command,)))
@@ -75,17 +119,27 @@ def _reply_to_all(work: Work, item: ListItem, key: str) -> dict[str, Any]:
             work.drop(mark)
             _count("list", decided.code)
             return {**refused(decided, partition=work.partition, units=work.units), "index": place}
-        done.append(decided)
-    outcome: dict[str, Any] = {"status": "listed", "replies": [each.outcome for each in done], "replayed": False}
+        done = decided
+        answers.add({**done.outcome, "dry_run": True} if item.dry_run else done.outcome)
+        if (excess := answers.excess) is not None:
+            work.drop(mark)
+            _count("list", TOO_MUCH)
+            return {
+                "status": "refused",
+                "code": TOO_MUCH,
+                "message": f"make it several lists: {excess}",
+                "index": place,
+            }
+    assert done is not None, "a list has a command"
+    outcome: dict[str, Any] = {"status": "listed", "replies": answers.replies, "replayed": False}
     if item.dry_run:
         work.drop(mark)
         _count("list", "dry_run")
-        replies = [{**each.outcome, "dry_run": True} for each in done]
-        return {**outcome, "replies": replies, "dry_run": True}
+        return {**outcome, "dry_run": True}
     work.join(mark)
     for each in item.commands:
         _note_accepted(each.command)
-    _record_outcome(work, item.principal, key, body_hash=item.body_hash, done=done[-1], outcome=outcome)
+    _record_outcome(work, item.principal, key, body_hash=item.body_hash, done=done, outcome=outcome)
     return outcome
 
 

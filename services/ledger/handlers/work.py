@@ -46,6 +46,8 @@ class Work:
         self.partition = draft.head.partition
         self.accepted: dict[tuple[str, str], tuple[bytes, dict[str, Any]]] = {}
         self.charged: dict[tuple[str, str, int], Row] = {}
+        # How many periods commands have granted, whether that holds or was tried out.
+        self.renewals = 0
         # Of the line that was charged last.
         self.line_position = 0
         self.bundle_hashes: dict[int, bytes] = {}

@@ -30,6 +30,7 @@ _STATUS: Final[Mapping[str, int]] = {
     "invalid_rule": 422,
     "invalid_terms": 422,
     "invalid_transfer": 422,
+    "too_much_at_once": 422,
 }
 _REFUSED_STATUS: Final = 409
 _FAILED_STATUS: Final[Mapping[str, int]] = {

@@ -25,7 +25,7 @@ from services.ledger.domain.commands import (
 from services.ledger.domain.concerned import Place
 from services.ledger.domain.decide import decide
 from services.ledger.domain.due import decide_due
-from services.ledger.domain.entries import PSEUDO_KINDS, Entry, Move, is_contra
+from services.ledger.domain.entries import PSEUDO_KINDS, Entry, Move, is_contra, placed
 from services.ledger.domain.errors import Refusal
 from services.ledger.domain.evolve import evolve
 from services.ledger.domain.overdue import decide_overdue, in_order, overdue, overdue_on
@@ -201,22 +201,12 @@ class Core:
         recorded_at = self.now
         self.now += timedelta(microseconds=1)
         for position, move in enumerate(moves, 1):
-            entry = Entry(
+            entry = placed(
+                move,
                 batch=self.batch,
                 position=position,
                 transaction=f"transaction-{self.batch}",
                 recorded_at=recorded_at,
-                kind=move.kind,
-                account=move.account,
-                occurred_at=move.occurred_at,
-                unit=move.unit,
-                lot=move.lot,
-                lot_kind=move.lot_kind,
-                hold=move.hold,
-                posted=move.posted,
-                held=move.held,
-                frozen=move.frozen,
-                details=move.details,
             )
             self.entries.append(entry)
             evolve(self.state, entry)
