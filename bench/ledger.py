@@ -68,7 +68,7 @@ class LedgerBench(Measured):
 
     def charge(self, name: str, *, lines: int, accounts: int, seed: int) -> Charged:
         """Publish bundles of charges, wait until the last is committed, check every balance."""
-        balances, taken = self.posted(), self._lines()
+        balances, taken = self.posted(), self.lines_taken()
         written, pids = self.bytes_written(), self.scratch.run.processes
         used = {process: cpu.cpu_seconds(pid) for process, pid in pids.items()}
         machine = cpu.machine()
@@ -78,7 +78,7 @@ class LedgerBench(Measured):
             *("--name", name, "--lines", str(lines), "--accounts", str(accounts), "--seed", str(seed)),
             *("--after", json.dumps(self._charges_numbers())),
         )
-        self.wait_for(self._lines, taken + lines, "charged lines", publisher)
+        self.wait_for(self.lines_taken, taken + lines, "charged lines", publisher)
         end, machine_busy = time.monotonic(), cpu.busy(machine, cpu.machine())
         used = {process: cpu.cpu_seconds(pid) - used[process] for process, pid in pids.items()}
         published = json.loads(publisher.communicate(timeout=60)[0])
@@ -145,10 +145,6 @@ class LedgerBench(Measured):
         """How many entries the journal has."""
         return self.count("SELECT count(*) FROM ledger.journal")
 
-    def lines_taken(self) -> int:
-        """How many lines were charged."""
-        return self._lines()
-
     def _spawn(self, module: str, user: str, *arguments: str) -> "subprocess.Popen[str]":
         environment = {URL_VARIABLE: self.stack.nats_url, PASSWORD_VARIABLE: self.stack.credentials.nats[user]}
         return subprocess.Popen(
@@ -158,9 +154,6 @@ class LedgerBench(Measured):
             stdout=subprocess.PIPE,
             text=True,
         )
-
-    def _lines(self) -> int:
-        return self.count("SELECT coalesce(sum(lines), 0) FROM ledger.bundles")
 
     def _charges_numbers(self) -> dict[int, int]:
         return dict(self._database.execute("SELECT partition, charges_number FROM ledger.heads").fetchall())

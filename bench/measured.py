@@ -19,12 +19,21 @@ from rich.table import Table
 
 from bench import per_event
 from bench.per_event import Rate
+from contracts.partition import PARTITION_COUNT
 from infra.demo.scratch_stack import ScratchStack
 from infra.supervisor import DATABASE, Stack
 
 PGBENCH_SECONDS: Final = 3
 WITHOUT_PROGRESS_SECONDS_MAX: Final = 120.0
 POLL_SECONDS: Final = 0.02
+_NEW_BUNDLES: Final = """
+SELECT k.partition, max(b.number), sum(b.lines)::bigint
+FROM unnest(%s::smallint[], %s::bigint[]) AS k (partition, number) CROSS JOIN LATERAL (
+    SELECT number, lines FROM ledger.bundles
+    WHERE partition = k.partition AND number > k.number ORDER BY number LIMIT 1000
+) b
+GROUP BY k.partition
+"""
 SETTINGS: Final = ("fsync", "synchronous_commit", "full_page_writes", "wal_sync_method", "server_version")
 
 
@@ -39,6 +48,9 @@ class Measured:
         self._rival_url = admin.removesuffix("/postgres") + "/rival"
         self._admin_url = admin
         self._database = psycopg.connect(admin.removesuffix("/postgres") + f"/{DATABASE}", autocommit=True)
+        # Of each partition, the last bundle whose lines were counted.
+        self._counted = dict.fromkeys(range(PARTITION_COUNT), 0)
+        self._lines = 0
 
     def close(self) -> None:
         """Ask the database no more."""
@@ -98,6 +110,14 @@ class Measured:
 
     def count(self, statement: str) -> int:
         return int(self._database.execute(statement.encode()).fetchall()[0][0])
+
+    def lines_taken(self) -> int:
+        """How many lines were charged. Only bundles that are new are looked at, or asking would cost ever more."""
+        rows = self._database.execute(_NEW_BUNDLES, [list(self._counted), list(self._counted.values())]).fetchall()
+        for partition, number, lines in rows:
+            self._counted[partition] = number
+            self._lines += lines
+        return self._lines
 
     def posted(self) -> dict[str, int]:
         """What each account has posted, in nano-dollars."""

@@ -92,7 +92,7 @@ class Bench(Measured):
     def run(self, load: Load, *, rate: float | None = None, over_http: bool = False) -> Run:
         """Send a load through, at a rate if it has one, wait for the last balance, check the totals."""
         balances = self.posted()
-        lines = self._lines()
+        lines = self.lines_taken()
         written = self.bytes_written()
         pids = self.scratch.run.processes
         used_before = {name: cpu.cpu_seconds(pid) for name, pid in pids.items()}
@@ -112,7 +112,7 @@ class Bench(Measured):
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.wait_for(self._lines, lines + load.events, "charged lines", publisher)
+        self.wait_for(self.lines_taken, lines + load.events, "charged lines", publisher)
         end = time.monotonic()
         machine_busy = cpu.busy(machine, cpu.machine())
         used = {name: cpu.cpu_seconds(pid) - used_before[name] for name, pid in pids.items()}
@@ -148,9 +148,6 @@ class Bench(Measured):
                 f"{load.name}: balances moved by {sum(moved.values())} nano-dollars on {len(moved)} accounts,"
                 f" the events cost {sum(wanted.values())} on {len(wanted)}"
             )
-
-    def _lines(self) -> int:
-        return self.count("SELECT coalesce(sum(lines), 0) FROM ledger.bundles")
 
 
 def main() -> None:
