@@ -80,7 +80,8 @@ TRY_AGAIN: Final = (psycopg.OperationalError, psycopg.InterfaceError, TimeoutErr
 
 # Twice as many per partition are on their way or buffered, and age there.
 BUNDLES_PER_PARTITION_MAX: Final = 4
-BUNDLES_AT_ONCE_MAX: Final = 32
+# Some of each partition: fewer at once, and many small ones stand behind few commits while the ledger is half idle.
+BUNDLES_AT_ONCE_MAX: Final = 256
 BYTES_AT_ONCE_MAX: Final = 8 << 20
 # Bundles that may be waiting for their commit while the next ones are read.
 READS_IN_FLIGHT_MAX: Final = 3

@@ -57,7 +57,7 @@ RETRY_SECONDS_MAX: Final = 5.0
 # Some thousand events, however many a message has.
 BATCH_BYTES_MAX: Final = 1 << 20
 # From one batch to the next, while their bundles would be small.
-LINGER_SECONDS: Final = 0.25
+LINGER_SECONDS: Final = 0.12
 LINGER_EVENTS_MIN: Final = 2 * PARTITION_COUNT
 BUNDLE_EVENTS_ENOUGH: Final = 32
 # A millisecond or two.
