@@ -8,8 +8,8 @@ from psycopg.errors import RaiseException
 
 from contracts import ledger as words
 from contracts.money import Amount
-from contracts.partition import partition_of, token
-from contracts.streams import charges_rated_subject
+from contracts.partition import group_of, partition_of
+from contracts.streams import CHARGES, charges_consumer, charges_rated_subject
 from services.kit.ids import new_hold_id
 from services.ledger.audit_sql import audit
 from services.ledger.replay import replay
@@ -75,7 +75,8 @@ async def test_another_bundle_under_a_taken_number_stops_its_partition_and_no_ot
         await driver.until("SELECT count(*) FROM charge_lines", 2)
         assert await posted(driver) == 99 * 10**9
         assert [row for row in (await driver.dump())["charge_lines"] if row in before["charge_lines"]]
-        info = await driver.ledger_nats.jetstream().consumer_info("CHARGES", f"ledger-{token(partition_of('acme'))}")
+        durable = charges_consumer(group_of(partition_of("acme")))
+        info = await driver.ledger_nats.jetstream().consumer_info(CHARGES, durable)
         assert info.num_ack_pending == 1
 
 

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from contracts import ledger as words
 from contracts.metering import ChargeLine, ReversalLine
 from contracts.money import Amount
-from contracts.partition import partition_of, token
-from contracts.streams import charges_rated_subject
+from contracts.partition import group_of, partition_of
+from contracts.streams import CHARGES, charges_consumer, charges_rated_subject
 from infra.cli import app_for
 from infra.commands import ledger as commands
 from services.kit.ids import new_hold_id
@@ -115,7 +115,8 @@ async def test_other_reversals_under_a_taken_number_stop_the_partition_and_chang
     await driver.funded("other", "1")
     await driver.publish(charges_rated(charge_line("o1", account="other", usd="1")))
     await driver.until("SELECT count(*) FROM charge_lines", 2)
-    info = await driver.ledger_nats.jetstream().consumer_info("CHARGES", f"ledger-{token(partition_of('acme'))}")
+    durable = charges_consumer(group_of(partition_of("acme")))
+    info = await driver.ledger_nats.jetstream().consumer_info(CHARGES, durable)
     assert info.num_ack_pending == 1
     for table, rows in (await driver.dump()).items():
         mine = [row for row in rows if row.startswith(f"({partition_of('acme')},")]

@@ -37,7 +37,7 @@ KEY_COMMANDS: Final = ("verify", "lease")
 
 DURABLES: Final = {
     "USAGE": ("metering",),
-    "CHARGES": tuple(f"ledger-{partition:02}" for partition in range(64)),
+    "CHARGES": tuple(f"ledger-charges-{group}" for group in range(8)),
     "PAYMENTS": ("ledger-payments",),
     "STRIPE": ("billing-stripe",),
     "LEDGER": ("metering-directory",),
@@ -230,7 +230,7 @@ MAY_PUBLISH: Final[Mapping[str, set[str]]] = {
         "ledger.v1.07.lot.granted",
         # Its HTTP side forwards to the owner of the partition what a principal it has authenticated asks.
         *(f"rpc.ledger.v1.07.{command}.{caller}" for command in LEDGER_COMMANDS for caller in CALLERS),
-        *reads("CHARGES", *(f"ledger-{partition:02}" for partition in range(64))),
+        *reads("CHARGES", *(f"ledger-charges-{group}" for group in range(8))),
         *reads("PAYMENTS", "ledger-payments"),
         *trims("CHARGES"),
         *trims("PAYMENTS"),
