@@ -242,8 +242,9 @@ test("an answer that cannot be written is the application's error, or ends the c
 });
 
 test("nothing is served while the ledger is away, unless that is wanted", async (t) => {
-  const gone = await serve(() => {});
-  await gone.close();
+  // It keeps its port: a closed one may be another server's in a moment.
+  const gone = await serve(() => ({ destroy: true }));
+  t.after(gone.close);
   const silence = { ledgerUrl: gone.url };
   const refusing = await world(t, {}, silence);
   const refused = await refusing.call("/jobs/fine");
