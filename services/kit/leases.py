@@ -316,6 +316,7 @@ WITH groups AS (
 ), found AS (
     SELECT partition FROM leases
     WHERE partition / %(size)s IN (SELECT number FROM groups)
+      -- Asked of the row as it is once it is locked: another may have been faster.
       AND (owner IS NULL OR expires_at < clock_timestamp() OR owner = %(owner)s)
       -- One that has just been lost is given up first, and won again next time.
       AND NOT partition = ANY (%(held)s::smallint[])

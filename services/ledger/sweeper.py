@@ -112,7 +112,7 @@ class Sweeper:
         SWEPT.labels(what="account").inc(_count_done(caught_up))
         is_more = most in {len(holds), len(accounts)} and bool(_count_done(ended) or _count_done(caught_up))
         if len(caught_up) == len(reached):
-            self._begun_until = _begun_until(since, begun, at, is_all=len(begun) < most)
+            self._begun_until = _reached(since, begun, at, is_all=len(begun) < most)
             is_more |= len(begun) == most
         return not is_busy and is_more
 
@@ -140,7 +140,7 @@ def _count_done(results: Sequence[Result]) -> int:
     return sum(isinstance(result, Swept) and result.entries > 0 for result in results)
 
 
-def _begun_until(
+def _reached(
     since: Mapping[int, tuple[datetime, UUID]], begun: Sequence[store.Begun], at: datetime, *, is_all: bool
 ) -> dict[int, tuple[datetime, UUID]]:
     """Where to go on, once it was told of lots: behind the last, or where a grant may still be on its way."""

@@ -1,5 +1,6 @@
 """Laws of charge bundles: in number order, once, the bad line alone; and of the facts that follow."""
 
+import asyncio
 import json
 from collections.abc import Mapping
 
@@ -8,7 +9,7 @@ from psycopg.errors import RaiseException
 
 from contracts import ledger as words
 from contracts.money import Amount
-from contracts.partition import group_of, partition_of
+from contracts.partition import PARTITION_COUNT, group_of, partition_of, partitions_of
 from contracts.streams import CHARGES, charges_consumer, charges_rated_subject
 from services.kit.ids import new_hold_id
 from services.ledger.audit_sql import audit
@@ -78,6 +79,35 @@ async def test_another_bundle_under_a_taken_number_stops_its_partition_and_no_ot
         durable = charges_consumer(group_of(partition_of("acme")))
         info = await driver.ledger_nats.jetstream().consumer_info(CHARGES, durable)
         assert info.num_ack_pending == 1
+
+
+async def test_of_a_group_that_is_partly_anothers_what_is_owned_is_charged_and_the_rest_waits(driver: Driver) -> None:
+    """They come through one consumer: what is not owned here is given back, again and again, and is not lost."""
+    mine = partition_of("acme")
+    neighbours = set(partitions_of(group_of(mine))) - {mine}
+    other = next(name for name in map("org{}".format, range(10_000)) if partition_of(name) in neighbours)
+    async with driver.running():
+        await driver.funded("acme", "100")
+        await driver.funded(other, "100")
+        await driver.superuser.execute(
+            "UPDATE leases SET owner = 'thief', epoch = epoch + 1, expires_at = clock_timestamp() + interval '1 hour'"
+            " WHERE partition = %s",
+            [partition_of(other)],
+        )
+        await driver.until(
+            "SELECT count(*) FROM leases WHERE owner <> 'thief' AND expires_at > clock_timestamp()",
+            PARTITION_COUNT - 1,
+        )
+        # The loss is noticed with the next renewal.
+        await asyncio.sleep(1.5 * driver.settings.lease_seconds)
+        await driver.publish(charges_rated(charge_line("o1", account=other, usd="1")))
+        for number in (1, 2, 3):
+            await driver.publish(charges_rated(charge_line(f"e{number}", usd="1"), number=number))
+        await driver.until("SELECT charges_number FROM heads WHERE partition = %s", 3, mine)
+        assert (await posted(driver), await posted(driver, other)) == (97 * 10**9, 100 * 10**9)
+        await driver.superuser.execute("UPDATE leases SET owner = NULL WHERE partition = %s", [partition_of(other)])
+        await driver.until("SELECT charges_number FROM heads WHERE partition = %s", 1, partition_of(other))
+        assert await posted(driver, other) == 99 * 10**9
 
 
 async def test_a_bad_line_is_dead_lettered_alone_and_charged_once_when_redriven(driver: Driver) -> None:
