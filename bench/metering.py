@@ -33,6 +33,8 @@ ACCOUNTS: Final = 10_000
 RIVAL_EVENTS_MAX: Final = 8_000
 DELAY_SECONDS: Final = 20
 PARTS: Final = ("nats", "http", "delay", "growth")
+# Whose cost could grow with what is there already.
+GROWING: Final = ("NATS", "metering", "ledger", "PostgreSQL")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,7 @@ class Bench(Measured):
                 *("--accounts", str(load.accounts), "--seed", str(load.seed), "--in-flight", str(self._in_flight)),
                 *(() if rate is None else ("--rate", str(rate))),
                 *(("--singly",) if self._singly else ()),
+                *(("--random-ids",) if load.random_ids else ()),
                 *(("--url", self.stack.service_url("metering")) if over_http else ()),
             ],
             env=dict(os.environ)
@@ -181,7 +184,7 @@ def main() -> None:
                 highest = bench.run(Load("highest", arguments.events, ACCOUNTS, seed=1)).events_per_second
             delay(bench, events=arguments.events, rate=highest / 2)
         if "growth" in parts:
-            growth(bench, events=arguments.events, loads=arguments.loads)
+            growth(bench, events=arguments.events, loads=arguments.loads, random_ids=arguments.random_ids)
 
 
 def nats(bench: Bench, *, events: int, rounds: int) -> float:
@@ -230,19 +233,18 @@ def delay(bench: Bench, *, events: int, rate: float) -> None:
     )
 
 
-def growth(bench: Bench, *, events: int, loads: int) -> None:
+def growth(bench: Bench, *, events: int, loads: int, random_ids: bool) -> None:
     """One load after another: what each event costs, and what metering's process holds, as the log grows."""
-    table = Table("events before", "events/s", "CPU of metering, µs", "of PostgreSQL, µs", "metering holds, MiB")
     before = bench.count("SELECT count(*) FROM metering.seen")
+    bench.console.print("events before: events/s; CPU an event, µs; metering holds", highlight=False)
     for number in range(loads):
-        run = bench.run(Load(f"growth-{number}", events, ACCOUNTS, seed=number))
-        table.add_row(
-            f"{before + number * events:,}",
-            f"{run.events_per_second:,.0f}",
-            *(f"{run.cpu_seconds[name] / events * 1e6:.1f}" for name in ("metering", "PostgreSQL")),
-            f"{bench.resident_bytes('metering') / 2**20:.0f}",
+        run = bench.run(Load(f"growth-{number}", events, ACCOUNTS, seed=number, random_ids=random_ids))
+        bench.console.print(
+            f"{before + number * events:>10,}: {run.events_per_second:>6,.0f};"
+            + "".join(f" {name} {run.cpu_seconds[name] / events * 1e6:.1f}" for name in GROWING)
+            + f"; {bench.resident_bytes('metering') / 2**20:.0f} MiB",
+            highlight=False,
         )
-    bench.console.print(table)
 
 
 def _show(console: Console, title: str, runs: list[Run], rates: list[Rate]) -> None:
@@ -300,6 +302,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--events", type=int, default=100_000, help="events per run")
     parser.add_argument("--rounds", type=int, default=5, help="runs per variant")
     parser.add_argument("--loads", type=int, default=5, help="of `growth`, one after the other")
+    parser.add_argument("--random-ids", action="store_true", help="of `growth`: ids as if drawn, rather than in order")
     parser.add_argument("--rate", type=float, help="the highest, if it is known; `delay` takes half of it")
     parser.add_argument("--in-flight", type=int, default=2, help="atomic batches the publisher has under way")
     parser.add_argument("--singly", action="store_true", help="over NATS, each event in a message of its own")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Final
+from uuid import UUID
 
 import httpx2
 import msgspec
@@ -44,12 +45,16 @@ _encode: Final = msgspec.json.Encoder(order="sorted").encode
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What to publish. The same load is the same events, whoever makes it."""
+    """What to publish. The same load is the same events, whoever makes it.
+
+    Ids are in the order of the events, or, with `random_ids`, in none, as those of clients that draw them.
+    """
 
     name: str
     events: int
     accounts: int
     seed: int
+    random_ids: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,10 +173,15 @@ def _text(time: datetime) -> str:
     return time.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
+def _id(load: Load, use: Use) -> str:
+    name = f"{load.name}:{use.number}"
+    return str(UUID(bytes=sha256(name.encode()).digest()[:16], version=4)) if load.random_ids else name
+
+
 def _event(load: Load, use: Use, *, source: str, at: str) -> dict[str, object]:
     return {
         "specversion": "1.0",
-        "id": f"{load.name}:{use.number}",
+        "id": _id(load, use),
         "source": source,
         "type": MODEL_USED,
         "subject": use.account,
@@ -193,10 +203,11 @@ if __name__ == "__main__":
     parser.add_argument("--rate", type=float, help="events a second; as fast as they are confirmed without it")
     parser.add_argument("--url", help="of metering: over HTTP")
     parser.add_argument("--singly", action="store_true", help="over NATS: each event in a message of its own")
+    parser.add_argument("--random-ids", action="store_true", help="ids as if drawn, rather than in order")
     given = parser.parse_args()
     uvloop.run(
         publish(
-            Load(name=given.name, events=given.events, accounts=given.accounts, seed=given.seed),
+            Load(given.name, given.events, given.accounts, given.seed, random_ids=given.random_ids),
             in_flight=given.in_flight,
             rate=given.rate,
             url=given.url,
