@@ -13,7 +13,7 @@ from contracts.ids import derived_uuid7
 from contracts.money import AMOUNT_MAX
 from services.ledger.domain.chain import columns_hash, entry_columns
 from services.ledger.domain.concerned import Place
-from services.ledger.domain.entries import Details, Entry, Move, placed
+from services.ledger.domain.entries import Details, Entry, LotGranted, Move, placed
 from services.ledger.domain.evolve import evolve
 from services.ledger.domain.state import PartitionState, Trial
 
@@ -120,8 +120,8 @@ class Transaction:
         self._entries = entries
         self._begin = len(entries)
         self._sums: dict[tuple[object, ...], _Sum] = {}
-        # Those to which nothing can be added any more.
-        self._full: list[_Sum] = []
+        # Those to which nothing is added any more.
+        self._closed: list[_Sum] = []
 
     @cached_property
     def id(self) -> str:
@@ -169,7 +169,7 @@ class Transaction:
     def record_summed(self, moves: Sequence[Move]) -> int:
         """Add moves; those that differ in amounts only, and occurred within the same minute, become one entry.
 
-        Or more than one, if they are more than one can hold.
+        Or more than one: if they are more than one can hold, or a lot comes in between, for what is there then counts.
         The position of the entry that the first of them is part of.
         """
         first = 0
@@ -179,9 +179,12 @@ class Transaction:
             key = (move.kind, move.account, move.unit, move.lot, move.hold, minute, move.details)
             found = self._sums.get(key)
             if found is not None and not found.has_room(move):
-                self._full.append(found)
+                self._closed.append(found)
                 found = None
             if found is None:
+                if isinstance(move.details, LotGranted):
+                    self._closed += self._sums.values()
+                    self._sums.clear()
                 entry = self._entry(move, len(self._entries) + 1)
                 self._sums[key] = _Sum(entry, move.posted, move.held, move.frozen)
                 self._entries.append(entry)
@@ -197,7 +200,7 @@ class Transaction:
 
     def finish(self, details: Details) -> None:
         """Enter the sums, and put what concerns the whole transaction on its first entry that has no details."""
-        for found in chain(self._full, self._sums.values()):
+        for found in chain(self._closed, self._sums.values()):
             entry = found.entry
             if (entry.posted, entry.held, entry.frozen) != (found.posted, found.held, found.frozen):
                 self._entries[entry.position - 1] = msgspec.structs.replace(

@@ -9,6 +9,7 @@ from contracts.money import AMOUNT_MAX
 from services.ledger.domain.chain import GENESIS
 from services.ledger.domain.draft import SUM_MAX, Draft, Head
 from services.ledger.domain.entries import Charged, LotGranted, Move, Noted, WalletOpened
+from services.ledger.domain.evolve import evolve
 from services.ledger.domain.state import PartitionState
 
 NOW = datetime(2026, 7, 1, 12, tzinfo=UTC)
@@ -116,6 +117,27 @@ def test_a_sum_that_would_be_too_large_for_its_column_goes_on_in_another_entry()
         ("acme", -AMOUNT_MAX),
         ("@usage", AMOUNT_MAX),
     ]
+
+
+def test_a_sum_does_not_go_on_past_an_entry_that_looks_at_what_is_there() -> None:
+    """Levels in percent are counted of what a wallet has when a lot comes in, after what was charged until then."""
+    draft = opened()
+    lot = granted(draft, 40)
+    transaction = draft.begin()
+    returned = transaction.place.new_lot(1)
+    comes_in = moved(returned, 6, kind="lot_granted", details=LotGranted(priority=1))
+    for moves in ([moved(lot, -5)], [moved(lot, -2), comes_in], [moved(lot, -3)], [moved(lot, -1)]):
+        transaction.record_summed(moves)
+    transaction.finish(Charged(lines=4, lines_hash=""))
+    _, entries = draft.finish()
+    assert [each.entry.posted for each in entries[-3:]] == [-7, 6, -4]
+    replayed = PartitionState()
+    for each in entries:
+        evolve(replayed, each.entry)
+    decided, again = draft.state.wallet("acme", "usd"), replayed.wallet("acme", "usd")
+    assert decided is not None
+    assert again is not None
+    assert (decided.posted, decided.full) == (again.posted, again.full) == (35, 39)
 
 
 def test_details_that_no_entry_has_room_for_are_a_fault() -> None:
