@@ -11,11 +11,10 @@ from typing import Annotated, Any, Final
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
 
 from infra.commands.usage import restore_months
 from infra.errors import BadInput
+from infra.listing import Row, show_rows
 from infra.service_api import Archived, Json, ServiceApi, in_path
 from services.kit.ids import new_uuid7
 
@@ -185,12 +184,8 @@ def list_corrections(
     *, limit: Annotated[int, typer.Option(min=1, max=500, help="How many, the latest first.")] = 50
 ) -> None:
     """Show corrections, the latest first."""
-    table = Table("correction", "kind", "state", "asked for", "by", "events", "difference", "reason")
-    for column in table.columns:
-        column.overflow = "fold"
-    found = _metering().get(PATH, {"limit": limit})["corrections"]
-    for each in found:
-        cells = (
+    rows = [
+        (
             each["id"],
             each["kind"],
             each["state"],
@@ -200,8 +195,10 @@ def list_corrections(
             _amounts(each["difference"]),
             each["reason"],
         )
-        table.add_row(*map(Text, cells))
-    Console().print(table if found else "Nothing was corrected.")
+        for each in _metering().get(PATH, {"limit": limit})["corrections"]
+    ]
+    names = ("correction", "kind", "state", "asked for", "by", "events", "difference", "reason")
+    show_rows(Console(), names, rows, prose=("reason",), numbers=("events",), otherwise="Nothing was corrected.")
 
 
 @corrections.command("show")
@@ -291,23 +288,18 @@ def _show(found: Json) -> None:
     if not found["complete"]:
         _print(console, "There is more than a dry run looks at: the rest is not in this.")
     if accounts := found.get("accounts"):
-        table = Table("account", "difference")
-        for each in accounts:
-            table.add_row(Text(each["account"] or ""), Text(_amounts(each["difference"])))
-        console.print(table)
+        rows = [(each["account"] or "", _amounts(each["difference"])) for each in accounts]
+        show_rows(console, ("account", "difference"), rows)
     if events := found.get("events"):
-        table = Table("event", "account", "version", "difference", "")
-        for each in events:
-            became = "void" if each["to_revision"] is None else str(each["to_revision"])
-            was = "–" if each["from_revision"] is None else str(each["from_revision"])
-            table.add_row(
-                Text(f"{each['source']}/{each['id']}"),
-                Text(each["account"] or ""),
-                f"{was} → {became}",
-                Text(_amounts(each["difference"])),
-                "undone" if each["undone"] else "",
-            )
-        console.print(table)
+        show_rows(console, ("event", "account", "version", "difference", ""), [*map(_event_row, events)])
+
+
+def _event_row(each: Json) -> Row:
+    became = "void" if each["to_revision"] is None else str(each["to_revision"])
+    was = "–" if each["from_revision"] is None else str(each["from_revision"])
+    undone = "undone" if each["undone"] else ""
+    name = f"{each['source']}/{each['id']}"
+    return name, each["account"] or "", f"{was} → {became}", _amounts(each["difference"]), undone
 
 
 def _print(console: Console, text: str) -> None:

@@ -9,11 +9,10 @@ from typing import Annotated, Final
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
 
 from infra.commands.stack import stack_with
 from infra.errors import BadInput, StackError
+from infra.listing import Row, show_rows
 from services.kit.clock import now
 from services.metering.portability.archiving import ArchivedMonth, ArchiveInUse, archive_usage
 from services.metering.portability.files import BadArchive
@@ -88,32 +87,32 @@ def show_archived(console: Console, found: list[ArchivedMonth], *, before: date,
     if not found:
         console.print(f"There is no use in the log from before {before}.")
         return
-    table = Table("month", "uses", "files", "new files", "bytes", "charged", "state")
-    for column in table.columns[1:5]:
-        column.justify = "right"
+    rows: list[Row] = []
     for each in found:
         said = f"would be {each.state}" if dry_run and each.state != "left" else each.state
-        table.add_row(
-            f"{each.month:%Y-%m}",
-            f"{each.rows:,}",
-            f"{each.files:,}",
-            f"{each.files_written:,}",
-            f"{each.bytes:,}",
-            "\n".join(f"{amount} {unit}" for unit, amount in each.amounts.items()),
-            Text(f"{said}: {each.why}" if each.why else said, overflow="fold"),
+        rows.append(
+            (
+                f"{each.month:%Y-%m}",
+                f"{each.rows:,}",
+                f"{each.files:,}",
+                f"{each.files_written:,}",
+                f"{each.bytes:,}",
+                "\n".join(f"{amount} {unit}" for unit, amount in each.amounts.items()),
+                f"{said}: {each.why}" if each.why else said,
+            )
         )
-    console.print(table)
+    names = ("month", "uses", "files", "new files", "bytes", "charged", "state")
+    show_rows(console, names, rows, prose=("state",), numbers=names[1:5])
 
 
 def show_restored(console: Console, found: list[RestoredMonth]) -> None:
     """Print what came back."""
-    table = Table("month", "uses", "restored", "seen anew", "files")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    names = ("month", "uses", "restored", "seen anew", "files")
+    rows: list[Row] = []
     for each in found:
         counts = (each.rows, each.rows_restored, each.keys_restored, each.files)
-        table.add_row(f"{each.month:%Y-%m}", *(f"{count:,}" for count in counts))
-    console.print(table if found else "There is nothing in the archive.")
+        rows.append((f"{each.month:%Y-%m}", *(f"{count:,}" for count in counts)))
+    show_rows(console, names, rows, numbers=names[1:], otherwise="There is nothing in the archive.")
 
 
 def _default_day() -> date:

@@ -1,7 +1,6 @@
 """The two HTTP APIs as the demo and the benches use them: retried while a service restarts, bounded in concurrency."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,13 +11,11 @@ from urllib.parse import quote
 
 import httpx2
 
-from infra.errors import StackError
+from infra.demo.patience import Patience
 
 CONCURRENT_MAX: Final = 32
 RETRY_SECONDS: Final = 0.2
 WITHOUT_ANSWER_SECONDS_MAX: Final = 60.0
-# Try again: the service is starting, its partition is changing hands, its queue is full.
-_PASSING: Final = frozenset({429, 502, 503, 504})
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,23 +99,15 @@ class _Api:
     async def _send(
         self, method: str, path: str, *, body: object = None, headers: dict[str, str] | None = None
     ) -> httpx2.Response:
-        deadline = time.monotonic() + WITHOUT_ANSWER_SECONDS_MAX
+        patience = Patience(f"{method} {self._url}{path}", seconds_max=WITHOUT_ANSWER_SECONDS_MAX)
         while True:
             try:
                 response = await self._client.request(method, path, json=body, headers=headers)
             except httpx2.TransportError as error:
-                said = str(error) or type(error).__name__
+                patience.failed(error)
             else:
-                if response.is_success:
+                if patience.is_answered(response):
                     return response
-                said = f"{response.status_code} {response.text[:300]}"
-                if response.status_code not in _PASSING:
-                    raise StackError(f"{method} {self._url}{path} was refused: {said}")
-            if time.monotonic() > deadline:
-                raise StackError(
-                    f"{method} {self._url}{path} got no answer for {WITHOUT_ANSWER_SECONDS_MAX:.0f} seconds"
-                    f" ({said}): see `scrip status` and the logs."
-                )
             await asyncio.sleep(RETRY_SECONDS)
 
 

@@ -11,6 +11,7 @@ from openai import DefaultHttpxClient, OpenAI
 from pydantic import SecretStr
 
 from infra import state
+from infra.demo.patience import Patience
 from infra.errors import StackError
 from infra.services import OPENAI_KEY_VARIABLE, PROVIDER, STRIPE, STRIPE_KEY_VARIABLE
 from infra.state import Layout, Run
@@ -24,8 +25,6 @@ SETTLE_SECONDS_MAX: Final = 45.0
 # The client waits half a second, then twice as long each time, at most eight.
 CALL_RETRIES: Final = 10
 CALL_SECONDS_MAX: Final = 60.0
-# Try again: the service is starting, its partition is changing hands.
-_PASSING: Final = frozenset({429, 502, 503, 504})
 
 Value = TypeVar("Value")
 
@@ -98,22 +97,15 @@ class Door:
         query: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Any:
-        deadline = time.monotonic() + WITHOUT_ANSWER_SECONDS_MAX
+        patience = Patience(f"{method} {self._url}{path}", seconds_max=WITHOUT_ANSWER_SECONDS_MAX)
         while True:
             try:
                 response = self._client.request(method, path, json=body, params=query, headers=headers)
             except httpx2.TransportError as error:
-                said = str(error) or type(error).__name__
+                patience.failed(error)
             else:
-                if response.is_success:
+                if patience.is_answered(response):
                     return response.json() if response.content else None
-                said = f"{response.status_code} {response.text[:300]}"
-                if response.status_code not in _PASSING:
-                    raise StackError(f"{method} {self._url}{path} was refused: {said}")
-            if time.monotonic() > deadline:
-                raise StackError(
-                    f"{method} {self._url}{path} got no answer for {WITHOUT_ANSWER_SECONDS_MAX:.0f} seconds ({said})"
-                )
             time.sleep(RETRY_SECONDS)
 
 
