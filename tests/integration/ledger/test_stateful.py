@@ -51,6 +51,7 @@ from services.ledger.domain.commands import (
 )
 from services.ledger.domain.entries import PSEUDO_KINDS
 from services.ledger.domain.errors import AlreadyCharged, InsufficientFunds, Refusal
+from services.ledger.domain.state import Wallet
 from services.ledger.replay import replay
 from services.ledger.signing import new_key, signer
 from services.ledger.translate import Invalid, read_command
@@ -183,7 +184,8 @@ class Served:
         for _, hold, account in late:
             self.world.do(Step(commands=(ResolveHold(hold=hold, account=account),)))
         for account in sorted(book.state.accounts):
-            if any(wallet.next_due() <= book.now for wallet in book.state.accounts[account].wallets.values()):
+            wallets = book.state.accounts[account].wallets.values()
+            if any(wallet.next_due() <= book.now or self.is_low_with_begun(wallet) for wallet in wallets):
                 self.world.do(Step(commands=(CatchUp(account=account),)))
         await self.driver.until(
             "SELECT (SELECT count(*) FROM holds WHERE status = 'placed' AND expires_at <= %s)"
@@ -191,6 +193,19 @@ class Served:
             0,
             self.clock.at,
             self.clock.at,
+        )
+        low = [row[17] for row in sorted(book.tables["wallets"].values(), key=lambda row: row[1:3])]
+        told = "SELECT coalesce(array_agg(low ORDER BY account, unit), '{}') FROM wallets"
+        await self.driver.until(told, low)
+
+    def is_low_with_begun(self, wallet: Wallet) -> bool:
+        """Whether its owner was told that it is low, and a lot that was granted for later has begun since."""
+        lots = map(self.world.lot_of, self.world.book.tables["lots"].values() if wallet.low else ())
+        return any(
+            (lot.account, lot.unit) == (wallet.account, wallet.unit)
+            and lot.effective_at is not None
+            and lot.recorded_at < lot.effective_at <= self.world.book.now
+            for lot in lots
         )
 
     async def compare(self) -> None:

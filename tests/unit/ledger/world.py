@@ -404,7 +404,9 @@ class World:
 
     def learn_holds(self, loose: set[Key]) -> None:
         for name, hold in self.model.holds.items():
-            if not any(part[:2] in loose for part in hold["parts"]):
+            # Of a wallet that the model did not know it may have thought that nothing could be set aside.
+            pinned = {(account, unit) for unit, accounts in hold["wallets"].items() for account in accounts}
+            if loose.isdisjoint(pinned | {part[:2] for part in hold["parts"]}):
                 continue
             parts: Counter[tuple[str, str, str]] = Counter()
             for (_, of_hold, account, unit, lot), row in self.book.tables["hold_lots"].items():
