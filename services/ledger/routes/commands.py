@@ -153,7 +153,7 @@ async def _command(backend: Backend, model: _Model, request: Request, principal:
     command = _read_command(
         model,
         body,
-        key=request.headers.get("idempotency-key"),
+        keys=request.headers.getlist("idempotency-key"),
         in_path=request.path_params,
         units=backend.units,
         principal=principal.name,
@@ -182,16 +182,20 @@ def _read_command(
     model: _Model,
     body: dict[str, Any],
     *,
-    key: str | None,
+    keys: Sequence[str],
     in_path: Mapping[str, Any],
     units: Units,
     principal: str,
 ) -> words.Command | words.CommandList:
     """The command in a body. Problem 400 or 422 names everything that is wrong."""
-    problems = _differences(body, key=key, in_path=in_path)
-    whole = {**body, **in_path, "command": model.model_fields["command"].default}
-    if key is not None:
-        whole["idempotency_key"] = key
+    elsewhere = {**in_path, "command": model.model_fields["command"].default}
+    if keys:
+        elsewhere["idempotency_key"] = keys[0]
+    problems = _differences(body, elsewhere)
+    if len(keys) > 1:
+        said = f"a command has one idempotency key, here are {len(keys)}"
+        problems.append(translate.Problem("/header/Idempotency-Key", "repeated", said))
+    whole = {**body, **elsewhere}
     stands_or_falls = model is not words.CommandList or body.get("all_or_nothing") is True
     if model is words.CommandList and stands_or_falls:
         whole["commands"] = _numbered(body.get("commands"))
@@ -224,9 +228,8 @@ def _read_command(
     return command
 
 
-def _differences(body: Mapping[str, Any], *, key: str | None, in_path: Mapping[str, Any]) -> list[translate.Problem]:
+def _differences(body: Mapping[str, Any], elsewhere: Mapping[str, Any]) -> list[translate.Problem]:
     """Where the body says something else than the header or the path."""
-    elsewhere = {**in_path} if key is None else {**in_path, "idempotency_key": key}
     return [
         translate.Problem(f"/{name}", "invalid", f"the body names another {name} than the path or the header")
         for name, said in elsewhere.items()

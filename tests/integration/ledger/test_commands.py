@@ -221,6 +221,22 @@ async def test_a_command_with_a_parameter_that_nobody_reads_is_not_carried_out(d
     assert await driver.rows("SELECT * FROM journal") == []
 
 
+async def test_a_request_that_says_two_commands_or_two_keys_is_not_carried_out(driver: Driver) -> None:
+    grant = {"account": "acme", "unit": "usd", "amount": "5"}
+    async with driver.running() as http:
+        opened = {"account": "acme", "wallets": [{"unit": "usd"}]}
+        assert (await http.post("/v1/accounts", json=opened, headers={"Idempotency-Key": "o"})).status_code == 200
+        other = await http.post("/v1/grants", json={**grant, "command": "debit"}, headers={"Idempotency-Key": "k"})
+        assert (other.status_code, [each["pointer"] for each in other.json()["errors"]]) == (422, ["/command"])
+        for path, body in (("/v1/grants", grant), ("/v1/lists", {"commands": [{"command": "grant", **grant}]})):
+            twice = await http.post(path, json=body, headers=[("Idempotency-Key", "k"), ("Idempotency-Key", "l")])
+            assert twice.status_code == 422, twice.text
+            assert "/header/Idempotency-Key" in {each["pointer"] for each in twice.json()["errors"]}
+        said = await http.post("/v1/grants", json={**grant, "command": "grant"}, headers={"Idempotency-Key": "k"})
+        assert said.status_code == 200, said.text
+        assert (await wallet(http, "acme"))["posted"] == "5"
+
+
 async def test_a_refusal_names_what_it_is_about_by_the_id_that_the_caller_knows(driver: Driver) -> None:
     async with driver.running() as http:
         await driver.funded("acme", "10")
