@@ -26,6 +26,9 @@ _LISTS: Final[LiteralString] = """
 SELECT recorded_at, outcome FROM commands WHERE partition = %(partition)s AND outcome LIKE '{"status":"listed"%%'
 """
 
+# What a transaction that nobody asked for begins with: the end of a lot, or what is told of a wallet, and nothing else,
+# as a lot of it begins that was granted for later.
+_DUE_FIRST: Final = frozenset({"lot_expired", "balance_crossed"})
 # Nobody asks for the end of a hold past its deadline.
 _OVERDUE: Final = frozenset({"hold_expired", "hold_estimated"})
 # What a command that changes nothing names: since when it is as it wants it.
@@ -130,7 +133,7 @@ class Commands:
 
 def _is_due(entries: Sequence[TupleRow]) -> bool:
     """Whether a transaction is what became due: it is recorded before something is decided, or by the sweeper."""
-    if entries[0][3] == "lot_expired":
+    if entries[0][3] in _DUE_FIRST:
         return True
     for entry in entries:
         if entry[3] in _OVERDUE:

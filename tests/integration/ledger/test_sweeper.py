@@ -4,16 +4,20 @@ import asyncio
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
 from contracts import ledger as words
 from contracts.money import Amount
 from services.kit.ids import new_hold_id
+from services.ledger.audit import audit
 from services.ledger.replay import replay
+from services.ledger.signing import ensure_key_files, read_public_keys
 from tests.builders import charge_line, charges_rated, hold_leg, place_hold, release_hold
 from tests.conftest import Database
 from tests.integration.ledger.driving import Driver
+from tests.integration.ledger.recording import CAPS
 
 pytestmark = pytest.mark.anyio
 
@@ -182,6 +186,26 @@ async def test_lots_granted_for_later_recover_their_wallets_when_they_begin_with
     async with driver.running():
         await driver.until(crossings, 2 * len(accounts) + 2)
     assert replay(database.url("ledger_owner")).is_equal
+
+
+async def test_what_the_sweeper_has_told_of_a_lot_that_begins_is_nothing_wrong(
+    driver: Driver, database: Database, tmp_path: Path
+) -> None:
+    ensure_key_files(tmp_path / "signing.pem", tmp_path / "public.pem")
+    told = {"sweep_seconds": 0.05, "ledger_signing_key_file": tmp_path / "signing.pem"}
+    driver = replace(driver, settings=driver.settings.model_copy(update=told))
+    crossings = "SELECT count(*) FROM journal WHERE kind = 'balance_crossed'"
+    async with driver.running():
+        await driver.funded("acme", "1")
+        await driver.accepted(words.Charge(idempotency_key="c", line=charge_line("e", usd="1")))
+        begins = datetime.now(tz=UTC) + timedelta(seconds=1)
+        await driver.accepted(
+            words.Grant(idempotency_key="l", account="acme", unit="usd", amount="5", effective_at=begins)
+        )
+        await driver.until(crossings, 2)
+    keys = read_public_keys(tmp_path / "public.pem")
+    found = await asyncio.to_thread(audit, database.url("ledger"), keys=keys, caps=CAPS, processes=1)
+    assert found.is_clean, found.findings
 
 
 async def test_a_charge_of_long_ago_counts_in_its_own_period_though_its_lot_is_long_gone(
