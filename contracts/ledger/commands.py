@@ -65,6 +65,8 @@ class SetWallet(_Command):
 class Grant(_Command):
     """Add a lot to an open wallet; its debt is repaid first. `reference` says what for (a payment, a ticket).
 
+    A lot that begins later repays no debt: that counts against what is available until the next lot repays it.
+
     A purchase, or a bonus, with the id of a payment as its reference is what claims on that payment take back.
     Usable from `effective_at` until `expires_at`, and where its `scope` says.
     Refused as: unknown_unit, invalid_amount, invalid_time, account_not_open, wallet_not_open.
