@@ -21,7 +21,7 @@ LINES_SHOWN_MAX: Final = 1_000
 _decode_amounts: Final = msgspec.json.Decoder(list[tuple[str, int]]).decode
 _decode_taken: Final = msgspec.json.Decoder(list[tuple[str, str, str, str, int, int]]).decode
 _decode_returned: Final = msgspec.json.Decoder(list[tuple[str, str, str, int]]).decode
-_decode_scope: Final = msgspec.json.Decoder(Scope).decode
+_decode_scope: Final = msgspec.json.Decoder(Scope | None).decode
 
 
 class UseView(BaseModel):
@@ -67,7 +67,10 @@ class ReversalView(BaseModel):
 
 
 class LineView(BaseModel):
-    """What one use was charged: as it was rated, from which lots it was paid, what was given back since."""
+    """What one use was charged: as it was rated, from which lots it was paid, what was given back since.
+
+    `scope` is as it was said, null if nothing was: then its hold's counts, if it has one.
+    """
 
     source: str
     event_id: str
@@ -76,7 +79,7 @@ class LineView(BaseModel):
     occurred_at: datetime
     recorded_at: datetime
     hold: str | None
-    scope: UseView
+    scope: UseView | None
     price_version: str
     own_key: bool
     amounts: list[AmountView]
@@ -189,10 +192,10 @@ def line_view(row: TupleRow, given_back: Mapping[LineKey, list[ReversalView]], u
     )
 
 
-def use_view(scope: str) -> UseView:
-    """What is used, of its text in a row."""
+def use_view(scope: str) -> UseView | None:
+    """What is used, of its text in a row; None if that says nothing."""
     used = _decode_scope(scope)
-    return UseView(provider=used.provider, model=used.model, feature=used.feature)
+    return None if used is None else UseView(provider=used.provider, model=used.model, feature=used.feature)
 
 
 def reversal_view(row: TupleRow, units: Mapping[str, Unit]) -> ReversalView:

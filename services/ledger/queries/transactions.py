@@ -1,7 +1,7 @@
 """A transaction: its entries, both sides, and its cause."""
 
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Final
 
 from psycopg.rows import TupleRow
@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from contracts.ids import partition_of_id
 from contracts.money import Unit, format_amount
+from contracts.times import TIME_MAX, TIME_MIN
 from services.ledger.domain.commands import Units
 from services.ledger.queries.charges import (
     ENTRIES_SHOWN_MAX,
@@ -74,7 +75,10 @@ class TransactionView(BaseModel):
 async def read_transaction(connection: Connection, transaction: str, *, units: Units) -> TransactionView | None:
     """A transaction with its cause, or None if there is none of the id. Its time is in the id."""
     partition, uuid = partition_of_id(transaction), transaction[-UUID_LENGTH:]
-    begin = datetime.fromtimestamp(0, UTC) + timedelta(milliseconds=int(uuid[:8] + uuid[9:13], 16))
+    elapsed = timedelta(milliseconds=int(uuid[:8] + uuid[9:13], 16))
+    if elapsed >= TIME_MAX - TIME_MIN:
+        return None
+    begin = TIME_MIN + elapsed
     keys = {
         "partition": partition,
         "transaction": uuid,

@@ -15,7 +15,7 @@ from psycopg.rows import TupleRow
 from typer.testing import CliRunner
 
 from contracts import ledger as words
-from contracts.money import Unit
+from contracts.money import Amount, Unit
 from infra.cli import app_for
 from infra.commands import ledger as commands
 from services.kit.database import open_pool
@@ -666,6 +666,29 @@ async def test_what_was_commanded_is_read_over_http_with_its_causes_and_shown_by
         assert shown in result.output
 
 
+async def test_what_says_nothing_of_its_use_is_explained_like_any_charge(driver: Driver) -> None:
+    amounts = (Amount(unit="usd", amount="2"),)
+    async with driver.running() as http:
+        await driver.funded("acme", "10")
+        hold = full_id("hold", PARTITION, HOLD)
+        await driver.accepted(place_hold(hold, hold_leg("usd", "4")))
+        for command, event_id in (
+            (
+                words.SettleHold(
+                    idempotency_key="settle", hold=hold, account="acme", settlement="settled", amounts=amounts
+                ),
+                "settled",
+            ),
+            (words.Debit(idempotency_key="debit", account="acme", debit="debited", amounts=amounts), "debited"),
+        ):
+            done = await driver.accepted(command)
+            asked = await http.get(f"/v1/charges/tester/{event_id}")
+            (line,) = asked.json()["lines"]
+            assert (line["scope"], [part["amount"] for part in line["split"]]) == (None, ["2"])
+            cause = await http.get(f"/v1/transactions/{done.transaction}")
+            assert cause.json()["lines"] == [line]
+
+
 async def test_bad_questions_are_told_apart_from_empty_answers(asking: httpx2.AsyncClient) -> None:
     for path, status, code in BAD_QUESTIONS:
         answer = await asking.get(path)
@@ -693,6 +716,7 @@ BAD_QUESTIONS = (
     ("/v1/transactions/nonsense", 422, "invalid_request"),
     (f"/v1/transactions/hold_07_{HOLD}", 422, "invalid_request"),
     (f"/v1/transactions/txn_07_{HOLD}", 404, "transaction_unknown"),
+    ("/v1/transactions/txn_07_ffffffff-ffff-7fff-bfff-ffffffffffff", 404, "transaction_unknown"),
     ("/v1/charges/demo/nothing", 404, "charge_unknown"),
     ("/v1/charges/demo/%00", 422, "invalid_request"),
     ("/v1/charges/demo/x?account=acme//x", 422, "invalid_account"),
