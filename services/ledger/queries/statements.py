@@ -41,8 +41,9 @@ class StatementEntry(BaseModel):
 
 
 class StatementPlace(msgspec.Struct, frozen=True):
-    """Where a page of a statement ended: the place of the last entry looked at, and each wallet's posted before it."""
+    """Where a page of an account ended: the place of the last entry looked at, and each wallet's posted before it."""
 
+    account: str
     batch: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     position: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
     posted: dict[str, int]
@@ -73,23 +74,28 @@ async def read_statement(
 ) -> tuple[list[StatementEntry], StatementPlace | None] | None:
     """A page of an account's entries, newest first, and where it ended if there are more. None: it is not open.
 
-    It may be short: with a filter it looks at 20,000 entries and no more.
+    `before`: where an earlier page of this account ended, whatever that one was asked for. It may be short: with a
+    filter it looks at 20,000 entries and no more.
     """
     partition = partition_of(account)
     keys: dict[str, Any] = {"partition": partition, "account": account}
-    since = None if wanted.since is None else wanted.since - TICK
+    since, until = (None if time is None else time - TICK for time in (wanted.since, wanted.until))
     cursor = await connection.execute(
         """
-        SELECT CASE WHEN %(since)s::timestamptz IS NULL THEN 0 ELSE batch_at(%(partition)s::smallint, %(since)s) END
+        SELECT CASE WHEN %(since)s::timestamptz IS NULL THEN 0 ELSE batch_at(%(partition)s::smallint, %(since)s) END,
+               CASE WHEN %(until)s::timestamptz IS NOT NULL THEN batch_at(%(partition)s::smallint, %(until)s) END
         FROM accounts WHERE partition = %(partition)s AND account = %(account)s
         """,
-        {**keys, "since": since},
+        {**keys, "since": since, "until": until},
     )
     opened = await cursor.fetchone()
     if opened is None:
         return None
-    keys["after"] = opened[0]
-    start = before or await _statement_start(connection, keys, wanted.until)
+    keys["after"], last = opened
+    start = before
+    # A page of another question may have ended later.
+    if start is None or (last is not None and start.batch > last):
+        start = await _statement_start(connection, keys, last)
     conditions = await _conditions(connection, keys, wanted)
     keys |= {
         "batch": start.batch,
@@ -113,30 +119,24 @@ async def read_statement(
     posted = dict(start.posted)
     for unit, passed in await cursor.fetchall():
         posted[unit] = posted.get(unit, 0) - int(passed)
-    return shown, StatementPlace(ended[1], ended[2], posted)
+    return shown, StatementPlace(account, ended[1], ended[2], posted)
 
 
-async def _statement_start(connection: Connection, keys: Mapping[str, Any], until: datetime | None) -> StatementPlace:
-    """From where the newest page goes back, and what was posted then."""
+async def _statement_start(connection: Connection, keys: Mapping[str, Any], last: int | None) -> StatementPlace:
+    """From where the newest page goes back, and what was posted then. `last`: the last batch that is asked for."""
     cursor = await connection.execute(
         "SELECT unit, posted FROM wallets WHERE partition = %(partition)s AND account = %(account)s", keys
     )
     posted = {str(unit): int(amount) for unit, amount in await cursor.fetchall()}
-    if until is None:
-        return StatementPlace(_BIGINT_MAX, 0, posted)
+    if last is None:
+        return StatementPlace(keys["account"], _BIGINT_MAX, 0, posted)
     cursor = await connection.execute(
-        f"""
-        SELECT unit, {SUM_OF_POSTED} FROM journal
-        WHERE {OF_ACCOUNT} AND batch > batch_at(%(partition)s::smallint, %(until)s) GROUP BY unit
-        """,
-        {**keys, "until": until - TICK},
+        f"SELECT unit, {SUM_OF_POSTED} FROM journal WHERE {OF_ACCOUNT} AND batch > %(last)s GROUP BY unit",
+        {**keys, "last": last},
     )
     for unit, later in await cursor.fetchall():
         posted[unit] -= int(later)
-    cursor = await connection.execute(
-        "SELECT batch_at(%(partition)s::smallint, %(until)s)", {**keys, "until": until - TICK}
-    )
-    return StatementPlace((await cursor.fetchone() or (0,))[0] + 1, 0, posted)
+    return StatementPlace(keys["account"], last + 1, 0, posted)
 
 
 async def _conditions(connection: Connection, keys: dict[str, Any], wanted: StatementFilter) -> list[LiteralString]:

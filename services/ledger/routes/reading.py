@@ -205,7 +205,7 @@ def _statement_routes(router: APIRouter, backend: Callable[[], Backend]) -> None
         check(account)
         if unit is not None:
             _unit(backend(), unit)
-        place = None if before is None else _read_place(before)
+        place = None if before is None else _read_place(before, account)
         wanted = StatementFilter(unit=unit, kind=kind, since=since, until=until, reference=reference or None)
         async with snapshot(backend()) as connection:
             found = await read_statement(
@@ -326,8 +326,12 @@ def _place_text(place: StatementPlace) -> str:
     return base64.urlsafe_b64encode(msgspec.json.encode(place)).decode()
 
 
-def _read_place(text: str) -> StatementPlace:
+def _read_place(text: str, account: str) -> StatementPlace:
     try:
-        return msgspec.json.decode(base64.urlsafe_b64decode(text), type=StatementPlace)
+        place = msgspec.json.decode(base64.urlsafe_b64decode(text), type=StatementPlace)
     except (binascii.Error, msgspec.DecodeError, UnicodeError, ValueError) as error:
         raise Problem(422, "invalid_cursor", "`before` is not a place that an earlier page named") from error
+    if place.account != account:
+        # What it says was posted there is not what this one had.
+        raise Problem(422, "invalid_cursor", f"`before` is a place in the statement of {place.account}")
+    return place

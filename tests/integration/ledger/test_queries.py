@@ -374,6 +374,39 @@ async def test_a_filter_leaves_out_and_changes_nothing_however_little_is_looked_
                 assert found == expected, (wanted, scanned, limit)
 
 
+async def test_a_page_is_before_its_cursor_and_its_times_wherever_the_cursor_comes_from(hand: Hand) -> None:
+    times = await a_past(hand)
+    whole, _ = await pages(hand)
+    for limit in range(1, len(whole)):
+        found = await read_statement(
+            hand.connection, ROOT, wanted=EVERYTHING, before=None, limit=limit, units=UNITS.by_name
+        )
+        assert found is not None
+        for time in times:
+            later = await read_statement(
+                hand.connection,
+                ROOT,
+                wanted=StatementFilter(until=time),
+                before=found[1],
+                limit=500,
+                units=UNITS.by_name,
+            )
+            assert later is not None
+            assert later[0] == [entry for entry in whole[limit:] if entry.recorded_at < time]
+
+
+async def test_a_place_in_one_statement_is_none_in_another(driver: Driver) -> None:
+    async with driver.running() as http:
+        await driver.funded("acme", "10")
+        await driver.accepted(open_account("acme/key", "usd", key="key"))
+        page = (await http.get("/v1/statements/acme", params={"limit": 1})).json()
+        query = {"before": page["next_before"]}
+        assert (await http.get("/v1/statements/acme", params=query)).json()["entries"]
+        refused = await http.get("/v1/statements/acme/key", params=query)
+        assert (refused.status_code, refused.json()["code"]) == (422, "invalid_cursor")
+        assert refused.json()["detail"] == "`before` is a place in the statement of acme"
+
+
 async def test_a_reference_is_a_lot_a_hold_a_transaction_an_event_or_what_a_lot_refers_to(hand: Hand) -> None:
     await hand.write(opened(ROOT, "usd"), granted(ROOT, "usd", A, 1000, reference="pay_1"))
     hold = await hand.write(placed(HOLD, KEY, "usd", A, 400, payer=ROOT))
