@@ -96,7 +96,7 @@ def _account_totals(
         reversed=told("reversed"),
         expired=told("lot_expired", "lot_revived", sign=-1),
         voided=told("lot_voided", sign=-1),
-        clawed_back=told("clawed_back", sign=-1),
+        clawed_back=told("clawed_back", "given_back", sign=-1),
         adjusted=told("adjusted"),
         transferred=told("transferred"),
         posted=format_amount(posted, unit),

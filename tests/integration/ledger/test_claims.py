@@ -193,6 +193,15 @@ async def test_of_the_facts_about_a_claim_the_last_one_counts_however_late_the_o
         assert_sound(database)
 
 
+async def test_what_a_claim_gave_back_is_not_clawed_back_in_the_totals(driver: Driver, billing: Billing) -> None:
+    async with driver.running() as http:
+        await billing.say(received(), claimed(amount="20"), claimed(number=3, amount="20", state="void"))
+        await all_taken(driver)
+        (usd,) = (await http.get("/v1/totals/acme")).json()["units"]
+        assert (usd["granted"], usd["clawed_back"], usd["posted"]) == ("55", "0", "55")
+        assert usd["by_kind"]["given_back"] == "22"
+
+
 async def test_what_the_ledger_refuses_of_billing_is_dead_lettered_and_taken_once_when_redriven(
     driver: Driver, billing: Billing
 ) -> None:
