@@ -93,14 +93,13 @@ _WRITER: Final = Depends(require("ledger:write"))
 
 
 def _documented(model: _Model, *, in_path: Sequence[str]) -> dict[str, Any]:
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema = _without_definitions(model.model_json_schema())
     parameters: list[dict[str, Any]] = [
         {"name": name, "in": "path", "required": True, "schema": schema["properties"][name]} for name in in_path
     ]
     for name in ("command", "idempotency_key", *in_path):
         schema["properties"].pop(name)
     schema["required"] = [name for name in schema["required"] if name in schema["properties"]]
-    schema.update(_without_definitions(schema))
     is_list = model is words.CommandList
     said = "Under the same key the first accepted outcome is replayed for ever."
     parameters.append(
@@ -141,7 +140,8 @@ def _without_definitions(schema: Mapping[str, Any]) -> dict[str, Any]:
             return part
         if "$ref" in part:
             return put_in(definitions[part["$ref"].rsplit("/", 1)[1]])
-        return {name: put_in(each) for name, each in part.items() if name != "$defs"}
+        # What is put in has no name that could be chosen by.
+        return {name: put_in(each) for name, each in part.items() if name not in {"$defs", "discriminator"}}
 
     found: dict[str, Any] = put_in(dict(schema))
     return found

@@ -1,7 +1,7 @@
 """What is read of a journal written by hand: now, of the past, page by page, with its causes."""
 
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -720,6 +720,22 @@ async def test_what_says_nothing_of_its_use_is_explained_like_any_charge(driver:
             assert (line["scope"], [part["amount"] for part in line["split"]]) == (None, ["2"])
             cause = await http.get(f"/v1/transactions/{done.transaction}")
             assert cause.json()["lines"] == [line]
+
+
+async def test_what_the_documentation_refers_to_is_in_it(driver: Driver) -> None:
+    async with driver.running() as http:
+        document = (await http.get("/openapi.json")).json()
+
+    def strings(part: Any) -> Iterator[str]:
+        if isinstance(part, str):
+            yield part
+        for each in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+            yield from strings(each)
+
+    place = "#/components/schemas/"
+    named = {each.removeprefix(place) for each in strings(document) if each.startswith("#/")}
+    assert named
+    assert named <= document["components"]["schemas"].keys()
 
 
 async def test_bad_questions_are_told_apart_from_empty_answers(asking: httpx2.AsyncClient) -> None:
