@@ -84,7 +84,7 @@ class WalletView(BaseModel):
     `available` is what may be held or charged for one use or another: of lots that are valid, less `debt`. A hard
     wallet lets `overdraft` more be used. Aside from `posted`: `overage`, counted beyond what a cap had; `uncapped`,
     counted while the wallet was unlimited. Of the past, `policy`, `overdraft` and what is to come are not told, but the
-    holds that were open.
+    holds that were open. Told are at most the first 1,000 lots, 100 expiries, and 500 holds; the amounts are of all.
     """
 
     unit: str

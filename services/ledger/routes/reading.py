@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Annotated, Any, Final
 
@@ -29,11 +29,13 @@ from services.ledger.queries.transactions import TransactionView, read_transacti
 from services.ledger.routes.backend import Backend, check, connected, not_open, snapshot
 from services.ledger.routes.balance import balance_router
 from services.ledger.routes.formats import export_format
+from services.ledger.routes.streaming import StreamTaken
 
 PAGE_SIZE_MAX: Final = 500
 TREE_PAGE_SIZE_MAX: Final = 200
 EXPORTS_MAX: Final = 2
 EXPORT_RETRY_AFTER_SECONDS: Final = 10
+EXPORT_STALLED_SECONDS_MAX: Final = 30.0
 
 
 class AccountPage(BaseModel):
@@ -307,13 +309,13 @@ def _export_routes(router: APIRouter, backend: Callable[[], Backend]) -> None:
         if not names:
             raise not_open(account)
 
-        async def stream() -> AsyncIterator[bytes]:
+        async def stream() -> AsyncGenerator[bytes, None]:
             async with exports:
                 pages = exported_pages(lambda: connected(backend()), names, batch=batch, units=backend().units.by_name)
                 async for part in wanted.written(pages):
                     yield part
 
-        return StreamingResponse(stream(), media_type=wanted.media_type)
+        return StreamTaken(stream(), media_type=wanted.media_type, stalled_seconds_max=EXPORT_STALLED_SECONDS_MAX)
 
 
 def _unit(backend: Backend, name: str) -> str:
