@@ -19,9 +19,9 @@ FINDING = Finding(7, 3, 1, "its hash is another")
     [
         ((), (), (), "nothing is wrong"),
         ((), (Checked("a law", 0, ()),), (), "nothing is wrong"),
-        ((FINDING,), (), (), "1 things are wrong"),
+        ((FINDING,), (), (), "1 thing is wrong"),
         ((), (Checked("a law", 2, ("row 1", "row 2")),), (), "2 things are wrong"),
-        ((), (), ("message 9 is not signed",), "1 things are wrong"),
+        ((), (), ("message 9 is not signed",), "1 thing is wrong"),
         ((FINDING,), (Checked("a law", 2, ("row 1",)),), ("message 9 is not signed",), "4 things are wrong"),
     ],
 )
