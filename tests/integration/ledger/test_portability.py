@@ -2,8 +2,11 @@
 
 import asyncio
 import gzip
+import json
 from collections.abc import Callable, Iterator
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -180,5 +183,41 @@ def test_a_file_without_its_last_line_is_refused(other: Database, exported: Path
     lines = gzip.decompress(exported.read_bytes()).splitlines(keepends=True)
     exported.write_bytes(gzip.compress(b"".join(lines[:-1])))
     with pytest.raises(BadFile, match=rf"^line {len(lines) - 1}: .*manifest"):
+        import_journal(other.url("ledger_owner"), exported)
+    assert not any(dump(other).values())
+
+
+def repeated_command(line: dict[str, Any]) -> list[dict[str, Any]]:
+    return [line, line] if line.get("table") == "commands" else [line]
+
+
+def no_text(line: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{**line, "row": [*line["row"][:-1], "\0"]}] if line.get("table") == "commands" else [line]
+
+
+def no_amount(line: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{**line, "row": [*line["row"][:10], "9" * 30, *line["row"][11:]]}] if "row" in line else [line]
+
+
+def no_number(line: dict[str, Any]) -> list[dict[str, Any]]:
+    if "manifest" not in line:
+        return [line]
+    heads = [{**head, "outbox_number": -5} for head in line["manifest"]["heads"]]
+    return [{"manifest": {**line["manifest"], "heads": heads}}]
+
+
+@pytest.mark.parametrize("forge", [repeated_command, no_text, no_amount, no_number])
+def test_a_file_that_was_made_of_what_no_ledger_records_is_refused(
+    other: Database, exported: Path, forge: Callable[[dict[str, Any]], list[dict[str, Any]]]
+) -> None:
+    """The sum of each line is right."""
+    total, forged = blake2b(digest_size=8), []
+    for line in gzip.decompress(exported.read_bytes()).splitlines():
+        for fields in forge({key: said for key, said in json.loads(line).items() if key != "sum"}):
+            text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()[:-1]
+            total.update(text)
+            forged.append(b'%b,"sum":"%b"}\n' % (text, total.hexdigest().encode()))
+    exported.write_bytes(gzip.compress(b"".join(forged)))
+    with pytest.raises(BadFile):
         import_journal(other.url("ledger_owner"), exported)
     assert not any(dump(other).values())
