@@ -138,7 +138,7 @@ def audit_ledger(
     if not found.is_clean or forged or any(check.breaches for check in checked):
         raise typer.Exit(1)
     audited = {**evidence.audited, **found.reached}
-    write_evidence(layout.audit_file, Evidence(audited, evidence.published, evidence.sequence))
+    note_audited(layout.audit_file, Evidence(audited, evidence.published, evidence.sequence))
 
 
 @journal.command(name="export")
@@ -197,6 +197,14 @@ def import_record(file: File) -> None:
     show_replayed(console, result)
     _show_unknown_signers(console, stack.layout, strangers)
     raise typer.Exit(0 if result.is_equal else 1)
+
+
+def note_audited(path: Path, evidence: Evidence) -> None:
+    """Keep where a clean audit got. StackError if that cannot be written: what was audited is as clean."""
+    try:
+        write_evidence(path, evidence)
+    except OSError as error:
+        raise StackError(f"Where the audit got was not noted: {path} cannot be written: {error.strerror}.") from error
 
 
 def show_replayed(console: Console, result: Replayed) -> None:
