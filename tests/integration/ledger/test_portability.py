@@ -206,9 +206,37 @@ def no_number(line: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"manifest": {**line["manifest"], "heads": heads}}]
 
 
-@pytest.mark.parametrize("forge", [repeated_command, no_text, no_amount, no_number])
+def more_posted(line: dict[str, Any]) -> list[dict[str, Any]]:
+    if line.get("table") != "journal":
+        return [line]
+    return [{**line, "row": [*line["row"][:10], str(int(line["row"][10]) + 1), *line["row"][11:]]}]
+
+
+def no_commands(line: dict[str, Any]) -> list[dict[str, Any]]:
+    return [] if line.get("table") == "commands" else [line]
+
+
+def another_head(line: dict[str, Any]) -> list[dict[str, Any]]:
+    if "manifest" not in line:
+        return [line]
+    heads = [{**head, "chain_hash": "ab" * 32} for head in line["manifest"]["heads"]]
+    return [{"manifest": {**line["manifest"], "heads": heads}}]
+
+
+@pytest.mark.parametrize(
+    ("forge", "said"),
+    [
+        (repeated_command, "it says what no ledger records: duplicate key"),
+        (no_text, "it says what no ledger records: .*NUL"),
+        (no_amount, r"line 2: "),
+        (no_number, r"line \d+: .*outbox_number"),
+        (more_posted, r"line 2: the hash of partition \d+, batch 1, position 1 is not that of its columns"),
+        (no_commands, r"line \d+: the manifest says"),
+        (another_head, r"line \d+: the heads of the manifest are not the last entries"),
+    ],
+)
 def test_a_file_that_was_made_of_what_no_ledger_records_is_refused(
-    other: Database, exported: Path, forge: Callable[[dict[str, Any]], list[dict[str, Any]]]
+    other: Database, exported: Path, forge: Callable[[dict[str, Any]], list[dict[str, Any]]], said: str
 ) -> None:
     """The sum of each line is right."""
     total, forged = blake2b(digest_size=8), []
@@ -218,6 +246,6 @@ def test_a_file_that_was_made_of_what_no_ledger_records_is_refused(
             total.update(text)
             forged.append(b'%b,"sum":"%b"}\n' % (text, total.hexdigest().encode()))
     exported.write_bytes(gzip.compress(b"".join(forged)))
-    with pytest.raises(BadFile):
+    with pytest.raises(BadFile, match=said):
         import_journal(other.url("ledger_owner"), exported)
     assert not any(dump(other).values())

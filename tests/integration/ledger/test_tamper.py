@@ -308,6 +308,17 @@ def test_missing_and_foreign_signatures_are_named(history: History) -> None:
     assert f"the text that commit {PARTITION:02d}-7 signed is not there" in str(found.findings[4])
 
 
+def test_a_text_is_not_signed_because_another_of_that_commit_is(history: History) -> None:
+    with history.tampering() as superuser:
+        superuser.execute(
+            "UPDATE signatures SET heads = heads || E'\\n63 1 00', commit_id ="
+            " (SELECT commit_id FROM signatures WHERE batch = 3) WHERE batch = 4"
+        )
+        found = history.audited()
+    assert [finding.batch for finding in found.findings] == [4], said(found)
+    assert "its signature is not one by the key" in said(found)
+
+
 # What somebody with the key could have the journal say: the laws say that it cannot be.
 
 FORGERIES: Final = {
