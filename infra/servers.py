@@ -257,6 +257,7 @@ class EmbeddedPostgres(EmbeddedServer):
         return processes.spawn(
             command,
             on_starters_death=signal.SIGINT,
+            environment=_environment(),
             log_file=self.log_file,
             identity=self._home.identity,
             directory=Path("/"),
@@ -324,6 +325,7 @@ class EmbeddedNats(EmbeddedServer):
         return processes.spawn(
             [str(self._binary), "-c", str(self._config_file)],
             on_starters_death=signal.SIGTERM,
+            environment=_environment(),
             log_file=self.log_file,
             directory=Path("/"),
         )
@@ -549,6 +551,11 @@ def _nats_binary() -> Path:
 
 def _digest(directory: Path) -> str:
     return hashlib.sha256(os.fsencode(directory)).hexdigest()[:12]
+
+
+def _environment() -> dict[str, str]:
+    """Ours, without what services are told: keys are among it, and a superuser of a database can read all of it."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("SCRIP_")}
 
 
 def _write_private(path: Path, text: str, *, owner: Identity = None) -> None:

@@ -95,8 +95,11 @@ def _gateway(around: Surroundings) -> dict[str, str]:
 
 
 def _ledger(around: Surroundings) -> dict[str, str]:
-    # A key in the environment is inherited, and is used instead.
-    return {"SCRIP_LEDGER_SIGNING_KEY_FILE": str(around.layout.ledger_signing_key_file)}
+    told = {"SCRIP_LEDGER_SIGNING_KEY_FILE": str(around.layout.ledger_signing_key_file)}
+    # It is used instead.
+    if given := os.environ.get(SIGNING_KEY_VARIABLE):
+        told[SIGNING_KEY_VARIABLE] = given
+    return told
 
 
 def _ledger_reader(_: Surroundings) -> dict[str, str]:

@@ -188,8 +188,10 @@ class Stack:
         return told | service.told(Surroundings(self.layout, self.ports, self.credentials))
 
     def child_environment(self) -> dict[str, str]:
+        """Our own, without what signs: who is to have that is told it."""
         directory = str(self.layout.directory)
-        return dict(os.environ) | {leftovers.CHILD_VARIABLE: directory, state.STATE_VARIABLE: directory}
+        ours = {name: value for name, value in os.environ.items() if name != SIGNING_KEY_VARIABLE}
+        return ours | {leftovers.CHILD_VARIABLE: directory, state.STATE_VARIABLE: directory}
 
     def migrate(self) -> None:
         """Create roles and schemas, and bring every service's schema to its newest version. Postgres must run."""

@@ -1,13 +1,14 @@
 """The commands that prove the ledger: replay, audit, and its journal as a file. On its database, running or not."""
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Final
 
 import nats.errors
 import typer
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from nats.js.errors import Error as JetStreamError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
@@ -117,7 +118,7 @@ def audit_ledger(
                 "NATS does not run: what was published as signed is known as of the last audit", highlight=False
             )
         else:
-            evidence, forged = asyncio.run(_published(stack, evidence))
+            evidence, forged = asyncio.run(_published(stack, evidence, keys))
         caps = frozenset(unit.name for unit in load_catalogue(CATALOGUE_FILE).units.values() if unit.kind == "cap")
         url = stack.database_url(READER)
 
@@ -137,7 +138,7 @@ def audit_ledger(
     if not found.is_clean or forged or any(check.breaches for check in checked):
         raise typer.Exit(1)
     audited = {**evidence.audited, **found.reached}
-    write_evidence(layout.audit_file, Evidence(audited, evidence.published, evidence.sequence))
+    note_audited(layout.audit_file, Evidence(audited, evidence.published, evidence.sequence))
 
 
 @journal.command(name="export")
@@ -168,6 +169,10 @@ def import_record(file: File) -> None:
     """Read a file into a ledger in which nothing has happened yet, and rebuild its balances. Scrip must be stopped."""
     console = Console()
     with interruptible(console, IMPORT_CUT_OFF) as standing, stack_with("postgres") as stack:
+        try:
+            keys = read_public_keys(stack.layout.ledger_public_keys_file)
+        except InvalidSigningKey as error:
+            raise StackError(f"Nothing was imported: {error}.") from error
         stack.migrate()
 
         def tell(done: int, total: int) -> None:
@@ -188,10 +193,18 @@ def import_record(file: File) -> None:
         show_manifest(console, manifest)
         _replay(stack, console, verify=False, swap=True)
         result = _replay(stack, console, verify=False, swap=False)
-        strangers = unknown_signers(stack.database_url(READER), read_public_keys(stack.layout.ledger_public_keys_file))
+        strangers = unknown_signers(stack.database_url(READER), keys)
     show_replayed(console, result)
     _show_unknown_signers(console, stack.layout, strangers)
     raise typer.Exit(0 if result.is_equal else 1)
+
+
+def note_audited(path: Path, evidence: Evidence) -> None:
+    """Keep where a clean audit got. StackError if that cannot be written: what was audited is as clean."""
+    try:
+        write_evidence(path, evidence)
+    except OSError as error:
+        raise StackError(f"Where the audit got was not noted: {path} cannot be written: {error.strerror}.") from error
 
 
 def show_replayed(console: Console, result: Replayed) -> None:
@@ -232,7 +245,7 @@ def show_audited(console: Console, found: Audited, checked: Sequence[Checked], f
     if found.found > len(found.findings):
         _show_lines(console, [f"and {found.found - len(found.findings)} more"])
     wrong = found.found + len(forged) + sum(check.breaches for check in checked)
-    said = f"{wrong} things are wrong" if wrong else "nothing is wrong"
+    said = f"{wrong} {'thing is' if wrong == 1 else 'things are'} wrong" if wrong else "nothing is wrong"
     console.print(f"{found.entries} entries audited, {found.entries_per_second:.0f}/s: {said}", highlight=False)
 
 
@@ -242,7 +255,7 @@ def show_manifest(console: Console, manifest: Manifest) -> None:
     for name, count in manifest.rows.items():
         table.add_row(name, str(count))
     console.print(table)
-    console.print(f"{len(manifest.heads)} partitions", highlight=False)
+    console.print(f"{len(manifest.heads)} partition{'' if len(manifest.heads) == 1 else 's'}", highlight=False)
 
 
 def _show_unknown_signers(console: Console, layout: Layout, keys: Sequence[str]) -> None:
@@ -251,8 +264,9 @@ def _show_unknown_signers(console: Console, layout: Layout, keys: Sequence[str])
         console.print(f"{said} The ledger that it comes from has it in its own.", highlight=False, soft_wrap=True)
 
 
-async def _published(stack: Stack, evidence: Evidence) -> tuple[Evidence, tuple[str, ...]]:
-    keys = read_public_keys(stack.layout.ledger_public_keys_file)
+async def _published(
+    stack: Stack, evidence: Evidence, keys: Mapping[str, Ed25519PublicKey]
+) -> tuple[Evidence, tuple[str, ...]]:
     try:
         async with operator(stack.nats_url, stack.credentials.nats[OPERATOR]) as jetstream:
             return await read_published(jetstream, evidence, keys=keys)

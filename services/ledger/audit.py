@@ -43,6 +43,8 @@ from services.ledger.signing import heads_of, is_signed
 
 PROGRESS_SECONDS: Final = 0.2
 SIGNED_SUBJECT: Final = "ledger.v1.*.heads.signed"
+# What is counted fits into a column of the database.
+_COUNTS_END: Final = 2**63
 
 Progress = Callable[[int, int], None]
 
@@ -153,10 +155,13 @@ def read_evidence(path: Path) -> Evidence:
     """What the last audit left behind; nothing if there was none."""
     try:
         told = json.loads(path.read_bytes())
-        return Evidence(_reached_of(told["audited"]), _reached_of(told["published"]), int(told["sequence"]))
+        sequence = _number(told["sequence"], below=_COUNTS_END)
+        return Evidence(_reached_of(told["audited"]), _reached_of(told["published"]), sequence)
     except FileNotFoundError:
         return Evidence()
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except OSError as error:
+        raise EvidenceUnreadable(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise EvidenceUnreadable(f"{path} is not what an audit wrote: {error!r}") from error
 
 
@@ -232,7 +237,19 @@ def _seen(known: Evidence, partition: int) -> Iterator[Seen]:
 
 
 def _reached_of(told: Mapping[str, Mapping[str, Any]]) -> dict[int, Reached]:
-    return {int(key): Reached(int(each["batch"]), bytes.fromhex(each["hash"])) for key, each in told.items()}
+    return {
+        _number(key, below=PARTITION_COUNT): Reached(
+            _number(each["batch"], below=_COUNTS_END), bytes.fromhex(each["hash"])
+        )
+        for key, each in told.items()
+    }
+
+
+def _number(told: str | int, *, below: int) -> int:
+    number = int(told)
+    if not 0 <= number < below:
+        raise ValueError(f"{number} is not from 0 to {below - 1}")
+    return number
 
 
 def _reached_text(reached: Mapping[int, Reached]) -> dict[str, dict[str, Any]]:

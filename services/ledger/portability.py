@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Annotated, Any, Final, Protocol
 
 import msgspec
 import psycopg
@@ -67,8 +67,8 @@ class Head(msgspec.Struct, frozen=True):
     batch: int
     chain_hash: str
     recorded_at: str
-    outbox_number: int
-    charges_number: int
+    outbox_number: Annotated[int, msgspec.Meta(ge=0)]
+    charges_number: Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -125,7 +125,11 @@ def import_journal(owner_url: SecretStr, path: Path, *, on_progress: Progress = 
     total = _last_line(path)
     with _connect(owner_url) as connection:
         connection.execute("LOCK TABLE heads IN EXCLUSIVE MODE")
-        manifest = _Import(connection, path, lambda done: on_progress(min(done, total - 1), total)).run()
+        try:
+            manifest = _Import(connection, path, lambda done: on_progress(min(done, total - 1), total)).run()
+        except (psycopg.DataError, psycopg.IntegrityError) as error:
+            # Its sums are right: so it was made like this.
+            raise BadFile(f"it says what no ledger records: {' '.join(str(error).split())}") from error
         # What comes now makes it so.
         on_progress(total, total)
     return manifest
@@ -299,7 +303,7 @@ class _Import:
                 raise BadFile(f"line {number}: the file is not said to hold partition {row[0]}")
             if table is tables.journal:
                 self._follow(row, number)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise BadFile(f"line {number}: {error}") from error
         copy.write_row(row)
         self._read.rows[str(table.name)] += 1

@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Final, Protocol
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -26,6 +26,7 @@ from services.kit.files import write_private
 
 # Says what is signed, so that a signature made for one purpose is of no use for another.
 TITLE: Final = "scrip ledger heads 1"
+_PEM_BEGIN: Final = b"-----BEGIN PUBLIC KEY-----"
 _PEM_END: Final = b"-----END PUBLIC KEY-----"
 
 
@@ -131,7 +132,7 @@ def signer(pem: str) -> Signer:
     """Who signs with the private key in a PEM text."""
     try:
         key = load_pem_private_key(pem.encode(), password=None)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise InvalidSigningKey("the ledger's signing key is not an unencrypted private key in PEM form") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise InvalidSigningKey("the ledger's signing key is not an Ed25519 key")
@@ -143,7 +144,8 @@ def read_signer(path: Path) -> Signer:
     try:
         if path.stat().st_mode & 0o077:
             raise InvalidSigningKey(f"{path} may be read by others: set its mode to 0600")
-        return signer(path.read_text())
+        # What is no text is no key either.
+        return signer(path.read_text(errors="replace"))
     except OSError as error:
         raise InvalidSigningKey(f"{path} cannot be read: {error.strerror}") from error
 
@@ -159,13 +161,22 @@ def new_key() -> str:
 
 
 def read_public_keys(path: Path) -> dict[str, Ed25519PublicKey]:
-    """The public keys in a file, by their ids: all that have ever signed, one after another in PEM form."""
+    """The public keys in a file, by their ids: all that have ever signed, one after another in PEM form; no file, none.
+
+    InvalidSigningKey if it cannot be read, or holds anything else: what a damaged file lacks would be missed as if
+    somebody else had signed.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise InvalidSigningKey(f"{path} cannot be read: {error.strerror}") from error
     found = {}
-    for part in content.split(_PEM_END)[:-1]:
+    *parts, rest = content.split(_PEM_END)
+    if rest.strip() or not all(part.strip().startswith(_PEM_BEGIN) for part in parts):
+        raise InvalidSigningKey(f"{path} holds something that is not a public key")
+    for part in parts:
         try:
             key = load_pem_public_key(part.strip() + b"\n" + _PEM_END + b"\n")
         except ValueError as error:
@@ -179,12 +190,12 @@ def read_public_keys(path: Path) -> dict[str, Ed25519PublicKey]:
 def ensure_key_files(private: Path, public: Path, *, given: str | None = None) -> None:
     """Make the signing key if there is none, and see that its public half is among the public keys.
 
-    `given` is used instead of the private file. A key that signed once stays among the public ones.
+    `given` is used instead of the private file. A key that signed once stays among the public ones. InvalidSigningKey.
     """
     if given is None and not private.exists():
         write_private(private, new_key())
     chosen = read_signer(private) if given is None else signer(given)
-    pem = chosen.public_key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
-    known = public.read_text() if public.exists() else ""
-    if pem not in known:
+    if chosen.key_id not in read_public_keys(public):
+        known = public.read_text() if public.exists() else ""
+        pem = chosen.public_key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
         write_private(public, known + pem)

@@ -78,6 +78,8 @@ class Signatures:
         self._result.signatures += 1
         if signed_hash != chain_hash:
             self._result.find(number, position, "another hash of it was signed")
+        elif not text:
+            self._result.find(number, position, f"the text that commit {commit} signed is not there: it was removed")
         elif not says_head(text, partition=self._source.partition, batch=number, chain_hash=chain_hash):
             self._result.find(number, position, "the text that was signed says something else of it")
         elif not self._commits.is_signed(commit, text, signature, key_id):

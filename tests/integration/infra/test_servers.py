@@ -89,6 +89,14 @@ def test_the_superusers_password_stays_in_no_file(tmp_path: Path) -> None:
     assert not [path for path in files if b"quite-secret" in path.read_bytes()]
 
 
+def test_servers_are_told_nothing_that_services_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A superuser of the database can read what its server was started with."""
+    monkeypatch.setenv("SCRIP_LEDGER_SIGNING_KEY", "a private key")
+    with postgres(tmp_path) as database, nats(tmp_path) as broker:
+        for server in (database, broker):
+            assert b"SCRIP_" not in Path(f"/proc/{pid(server)}/environ").read_bytes()
+
+
 def test_several_servers_run_side_by_side_on_free_ports(tmp_path: Path) -> None:
     with nats(tmp_path / "a") as one, nats(tmp_path / "b") as other:
         assert one.port != other.port

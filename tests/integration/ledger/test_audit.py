@@ -230,10 +230,28 @@ async def test_evidence_is_kept_for_its_owner_alone(tmp_path: Path) -> None:
     assert stat.S_IMODE((await asyncio.to_thread(path.stat)).st_mode) == 0o600
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"audited":{"7":{}},"published":{},"sequence":1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"audited":{"7":{}},"published":{},"sequence":1}',
+        '{"audited":{"64":{"batch":1,"hash":"00"}},"published":{},"sequence":1}',
+        '{"audited":{"7":{"batch":1e400,"hash":"00"}},"published":{},"sequence":1}',
+        '{"audited":{},"published":{"7":{"batch":9223372036854775808,"hash":"00"}},"sequence":1}',
+        '{"audited":{},"published":{},"sequence":-1}',
+    ],
+)
 def test_evidence_that_says_something_else_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "audit.json").write_text(text)
     with pytest.raises(EvidenceUnreadable):
+        read_evidence(tmp_path / "audit.json")
+
+
+def test_evidence_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path) -> None:
+    (tmp_path / "audit.json").mkdir()
+    with pytest.raises(EvidenceUnreadable, match=r"audit\.json cannot be read: Is a directory"):
         read_evidence(tmp_path / "audit.json")
 
 

@@ -2,8 +2,11 @@
 
 import asyncio
 import gzip
+import json
 from collections.abc import Callable, Iterator
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -180,5 +183,69 @@ def test_a_file_without_its_last_line_is_refused(other: Database, exported: Path
     lines = gzip.decompress(exported.read_bytes()).splitlines(keepends=True)
     exported.write_bytes(gzip.compress(b"".join(lines[:-1])))
     with pytest.raises(BadFile, match=rf"^line {len(lines) - 1}: .*manifest"):
+        import_journal(other.url("ledger_owner"), exported)
+    assert not any(dump(other).values())
+
+
+def repeated_command(line: dict[str, Any]) -> list[dict[str, Any]]:
+    return [line, line] if line.get("table") == "commands" else [line]
+
+
+def no_text(line: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{**line, "row": [*line["row"][:-1], "\0"]}] if line.get("table") == "commands" else [line]
+
+
+def no_amount(line: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{**line, "row": [*line["row"][:10], "9" * 30, *line["row"][11:]]}] if "row" in line else [line]
+
+
+def no_number(line: dict[str, Any]) -> list[dict[str, Any]]:
+    if "manifest" not in line:
+        return [line]
+    heads = [{**head, "outbox_number": -5} for head in line["manifest"]["heads"]]
+    return [{"manifest": {**line["manifest"], "heads": heads}}]
+
+
+def more_posted(line: dict[str, Any]) -> list[dict[str, Any]]:
+    if line.get("table") != "journal":
+        return [line]
+    return [{**line, "row": [*line["row"][:10], str(int(line["row"][10]) + 1), *line["row"][11:]]}]
+
+
+def no_commands(line: dict[str, Any]) -> list[dict[str, Any]]:
+    return [] if line.get("table") == "commands" else [line]
+
+
+def another_head(line: dict[str, Any]) -> list[dict[str, Any]]:
+    if "manifest" not in line:
+        return [line]
+    heads = [{**head, "chain_hash": "ab" * 32} for head in line["manifest"]["heads"]]
+    return [{"manifest": {**line["manifest"], "heads": heads}}]
+
+
+@pytest.mark.parametrize(
+    ("forge", "said"),
+    [
+        (repeated_command, "it says what no ledger records: duplicate key"),
+        (no_text, "it says what no ledger records: .*NUL"),
+        (no_amount, r"line 2: "),
+        (no_number, r"line \d+: .*outbox_number"),
+        (more_posted, r"line 2: the hash of partition \d+, batch 1, position 1 is not that of its columns"),
+        (no_commands, r"line \d+: the manifest says"),
+        (another_head, r"line \d+: the heads of the manifest are not the last entries"),
+    ],
+)
+def test_a_file_that_was_made_of_what_no_ledger_records_is_refused(
+    other: Database, exported: Path, forge: Callable[[dict[str, Any]], list[dict[str, Any]]], said: str
+) -> None:
+    """The sum of each line is right."""
+    total, forged = blake2b(digest_size=8), []
+    for line in gzip.decompress(exported.read_bytes()).splitlines():
+        for fields in forge({key: said for key, said in json.loads(line).items() if key != "sum"}):
+            text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()[:-1]
+            total.update(text)
+            forged.append(b'%b,"sum":"%b"}\n' % (text, total.hexdigest().encode()))
+    exported.write_bytes(gzip.compress(b"".join(forged)))
+    with pytest.raises(BadFile, match=said):
         import_journal(other.url("ledger_owner"), exported)
     assert not any(dump(other).values())

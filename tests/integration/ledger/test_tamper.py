@@ -299,10 +299,24 @@ def test_missing_and_foreign_signatures_are_named(history: History) -> None:
         )
         superuser.execute("UPDATE signatures SET heads = 'nothing' WHERE batch = 5")
         superuser.execute("UPDATE signatures SET key_id = 'unknown' WHERE batch = 6")
+        # So it looks where the row of the commit's first head, in another partition, was deleted.
+        superuser.execute("UPDATE signatures SET heads = '' WHERE batch = 7")
         found = history.audited()
-    assert sorted(finding.batch for finding in found.findings) == [3, 4, 5, 6], said(found)
+    assert sorted(finding.batch for finding in found.findings) == [3, 4, 5, 6, 7], said(found)
     assert "no signature covers the head" in str(found.findings[0])
     assert "the text that was signed says something else of it" in str(found.findings[2])
+    assert f"the text that commit {PARTITION:02d}-7 signed is not there" in str(found.findings[4])
+
+
+def test_a_text_is_not_signed_because_another_of_that_commit_is(history: History) -> None:
+    with history.tampering() as superuser:
+        superuser.execute(
+            "UPDATE signatures SET heads = heads || E'\\n63 1 00', commit_id ="
+            " (SELECT commit_id FROM signatures WHERE batch = 3) WHERE batch = 4"
+        )
+        found = history.audited()
+    assert [finding.batch for finding in found.findings] == [4], said(found)
+    assert "its signature is not one by the key" in said(found)
 
 
 # What somebody with the key could have the journal say: the laws say that it cannot be.

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from infra import services, state
-from infra.services import LEDGER_READER, LEDGER_READER_VARIABLE, SERVICES, chosen_services
+from infra.services import LEDGER_READER, LEDGER_READER_VARIABLE, SERVICES, SIGNING_KEY_VARIABLE, chosen_services
 from infra.state import Credentials, Layout
 from infra.supervisor import Stack
 
@@ -36,3 +36,19 @@ def test_a_reading_ledger_is_told_what_the_ledger_is_told_but_its_port_and_that_
     # What signs is for the owner alone.
     assert "SCRIP_LEDGER_SIGNING_KEY_FILE" not in reader
     assert services.LEDGER_READER.role == "ledger"
+
+
+def test_a_signing_key_in_the_environment_is_told_to_the_owner_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SIGNING_KEY_VARIABLE, "a private key")
+    passwords = {service.role: "secret" for service in SERVICES}
+    stack = Stack(
+        layout=Layout(tmp_path),
+        ports=dict(state.PORTS),
+        credentials=Credentials(nats=passwords, postgres=passwords, tokens=passwords, webhook_secret="secret"),
+        services=(*SERVICES, LEDGER_READER),
+    )
+    knowing = [each.name for each in stack.services if SIGNING_KEY_VARIABLE in stack.service_environment(each)]
+    assert knowing == ["ledger"]
+    assert SIGNING_KEY_VARIABLE not in stack.child_environment()

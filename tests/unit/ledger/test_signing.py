@@ -117,6 +117,31 @@ def test_what_is_no_key_is_refused_without_being_shown(tmp_path: Path) -> None:
     assert "nonsense" not in str(refused.value)
     with pytest.raises(InvalidSigningKey, match=r"missing\.pem cannot be read"):
         read_signer(tmp_path / "missing.pem")
+    no_text = tmp_path / "signing.pem"
+    no_text.touch(mode=0o600)
+    no_text.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InvalidSigningKey, match="PEM form"):
+        read_signer(no_text)
+
+
+def test_a_file_of_public_keys_holds_nothing_else(tmp_path: Path) -> None:
+    private, public = tmp_path / "signing.pem", tmp_path / "verify.pem"
+    assert read_public_keys(public) == {}
+    ensure_key_files(private, public)
+    whole = public.read_bytes()
+    for content in (b"nonsense", b"\xff\x00", whole[:60], whole + whole[:60], b"nonsense" + whole[20:]):
+        public.write_bytes(content)
+        with pytest.raises(InvalidSigningKey, match="not a public key"):
+            read_public_keys(public)
+        with pytest.raises(InvalidSigningKey, match="not a public key"):
+            ensure_key_files(private, public, given=PRIVATE)
+        assert public.read_bytes() == content
+    public.write_bytes(b"\n" + whole + b"\n\n" + whole)
+    assert list(read_public_keys(public)) == [read_signer(private).key_id]
+    public.unlink()
+    public.mkdir()
+    with pytest.raises(InvalidSigningKey, match=r"verify\.pem cannot be read: Is a directory"):
+        read_public_keys(public)
 
 
 def test_a_signer_does_not_show_its_key() -> None:
