@@ -1,7 +1,6 @@
 """Load, decide, write, stage: one transaction for a batch of commands and charge bundles of the partitions owned."""
 
 import asyncio
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +15,6 @@ from services.kit.telemetry import get_logger
 from services.ledger import store
 from services.ledger.domain.commands import ResolveHold, Units
 from services.ledger.domain.draft import Draft
-from services.ledger.domain.state import PartitionState
 from services.ledger.handlers.bundles import take_bundle
 from services.ledger.handlers.catching_up import sweep
 from services.ledger.handlers.commands import take_command, take_list
@@ -291,11 +289,11 @@ class Ledger:
             else:
                 log.error("partition has another owner", partition=partition, epoch=head.epoch)
                 del self._owned[partition]
-        # What was read for a partition that has just been lost goes nowhere.
-        states = defaultdict(PartitionState, {partition: owned.state for partition, owned in self._owned.items()})
-        add_rows(states, loaded.rows)
-        for partition, unread_from in loaded.unread_from.items():
-            states[partition].deadlines.unread_from = unread_from
+        # What was read for a partition that has just been lost goes nowhere: it may belong to what was in memory.
+        states = {partition: owned.state for partition, owned in self._owned.items()}
+        add_rows(states, {name: [row for row in rows if row[0] in states] for name, rows in loaded.rows.items()})
+        for partition in loaded.unread_from.keys() & states.keys():
+            states[partition].deadlines.unread_from = loaded.unread_from[partition]
 
     def _decide(self, item: Item, works: dict[int, "Work"], needs: Needs, loaded: Loaded) -> Result:
         owned = self._owned.get(item.partition)

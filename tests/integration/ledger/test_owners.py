@@ -25,7 +25,7 @@ from services.kit.leases import fair_share
 from services.kit.outbox import OutboxRow
 from services.ledger import store
 from services.ledger.audit_sql import audit
-from services.ledger.domain.commands import Grant, OpenAccount, Units, WalletTerms
+from services.ledger.domain.commands import Grant, OpenAccount, Units, VoidGrant, WalletTerms
 from services.ledger.handlers import CommandItem, Ledger, NotOwner, Replied
 from services.ledger.settings import LedgerSettings
 from tests.builders import charge_line, charges_rated, grant, hold_leg, open_account, place_hold
@@ -40,7 +40,7 @@ ROOTS = tuple(f"org{number}" for number in range(12))
 PARTITION = partition_of("acme")
 
 
-def item(command: OpenAccount | Grant, key: str) -> CommandItem:
+def item(command: OpenAccount | Grant | VoidGrant, key: str) -> CommandItem:
     return CommandItem(partition=PARTITION, principal="tester", key=key, body_hash=bytes(32), command=command)
 
 
@@ -55,6 +55,20 @@ async def ledger(database: Database) -> AsyncIterator[tuple[Ledger, list[OutboxR
 
     yield Ledger(writer=writer, units=Units({"usd": Unit("usd", "money", 9)}), now=now, on_committed=on_committed), told
     await writer.close()
+
+
+def lose_while_reading(owner: Ledger, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """From now on it gives the partition up each time something is read; what was given up."""
+    load, given_up = store.load, list[int]()
+
+    async def load_and_lose(connection: store.Connection, needs: store.Needs) -> store.Loaded:
+        loaded = await load(connection, needs)
+        owner.give_up([PARTITION])
+        given_up.append(PARTITION)
+        return loaded
+
+    monkeypatch.setattr(store, "load", load_and_lose)
+    return given_up
 
 
 async def until_owned(driver: Driver, *, owners: int) -> None:
@@ -140,16 +154,26 @@ async def test_a_partition_may_be_given_up_while_its_head_is_read_again(
         await first.take_over({PARTITION: 1})
         await first.process([item(OpenAccount(account="acme"), "1")])
         await second.take_over({PARTITION: 2})
-        load, given_up = store.load, list[int]()
-
-        async def load_and_lose(connection: store.Connection, needs: store.Needs) -> store.Loaded:
-            loaded = await load(connection, needs)
-            first.give_up(needs.heads)
-            given_up.extend(needs.heads)
-            return loaded
-
-        monkeypatch.setattr(store, "load", load_and_lose)
+        given_up = lose_while_reading(first, monkeypatch)
         assert await first.process([item(OpenAccount(account="acme/ana"), "2")]) == [NotOwner()]
+        assert given_up == [PARTITION]
+
+
+async def test_a_partition_may_be_given_up_while_more_is_read_of_what_is_in_memory(
+    driver: Driver, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lot comes without its account if that is in memory, and has no place once it is not."""
+    async with ledger(database) as (first, _):
+        await first.take_over({PARTITION: 1})
+        await first.process([item(OpenAccount(account="acme", wallets=(WalletTerms("usd"),)), "1")])
+        await first.process([item(Grant(account="acme", unit="usd", amount=5), "2")])
+        ((lot,),) = await driver.rows("SELECT lot_id FROM lots")
+        await first.process([item(VoidGrant(account="acme", lot=str(lot)), "3")])
+    async with ledger(database) as (second, _):
+        await second.take_over({PARTITION: 2})
+        await second.process([item(Grant(account="acme", unit="usd", amount=1), "4")])
+        given_up = lose_while_reading(second, monkeypatch)
+        assert await second.process([item(VoidGrant(account="acme", lot=str(lot)), "5")]) == [NotOwner()]
         assert given_up == [PARTITION]
 
 
