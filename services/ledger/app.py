@@ -29,7 +29,7 @@ from services.kit.tracing import configure_tracing
 from services.kit.trimmer import Trimmer
 from services.ledger.domain.commands import Units
 from services.ledger.engine import Owners
-from services.ledger.handlers import Item, Ledger, Result
+from services.ledger.handlers import COMMAND_COST, Item, Ledger, Result
 from services.ledger.routes import Backend, routers
 from services.ledger.settings import LedgerSettings
 from services.ledger.signing import Signer, read_signer, signer
@@ -110,7 +110,14 @@ async def _owning(
             whole_batch_errors=TRY_AGAIN,
         )
         limits = Limits(body_bytes_max=settings.body_bytes_max, list_commands_max=settings.list_commands_max)
-        commands = CommandSubscriber(client, batcher=batcher, units=units, limits=limits)
+        commands = CommandSubscriber(
+            client,
+            batcher=batcher,
+            units=units,
+            limits=limits,
+            # All that may wait, and two batches.
+            under_way_max=(settings.queue_cost_max + 2 * settings.batch_cost_max) // COMMAND_COST,
+        )
         charges = ChargesSubscriber(
             client,
             batcher=batcher,

@@ -92,10 +92,18 @@ PAYMENT_SHARE: Final = 0.8
 
 
 class CommandSubscriber:
-    """Answers the commands of the partitions owned here. The caller's name is the last token of the subject."""
+    """Answers the commands of the partitions owned here. The caller's name is the last token of the subject.
 
-    def __init__(self, client: Client, *, batcher: Batcher[Item, Result], units: Units, limits: Limits) -> None:
+    More than `under_way_max` at once are refused as busy before they are read, so that to refuse takes next to nothing:
+    leases are renewed in the same thread.
+    """
+
+    def __init__(
+        self, client: Client, *, batcher: Batcher[Item, Result], units: Units, limits: Limits, under_way_max: int
+    ) -> None:
         self._client = client
+        self._under_way_max = under_way_max
+        self._busy = _json(words.Failed(code="busy", message=f"{under_way_max} commands are under way: ask again"))
         self._batcher = batcher
         self._units = units
         self._limits = limits
@@ -123,12 +131,19 @@ class CommandSubscriber:
         if message.reply and not is_inbox(message.reply):
             log.error("a command wants its answer elsewhere", subject=message.subject, reply_subject=message.reply)
             return
+        if len(self._answering) >= self._under_way_max:
+            # Let others have their turn: the next message is there already.
+            await asyncio.sleep(0)
+            await self._reply(message, self._busy)
+            return
         task = asyncio.create_task(self._answer(message))
         self._answering.add(task)
         task.add_done_callback(self._answering.discard)
 
     async def _answer(self, message: Msg) -> None:
-        body = await (self._traced(message) if tracing.is_on() else self._decide(message))
+        await self._reply(message, await (self._traced(message) if tracing.is_on() else self._decide(message)))
+
+    async def _reply(self, message: Msg, body: bytes) -> None:
         if message.reply:
             try:
                 await self._client.publish(message.reply, body)

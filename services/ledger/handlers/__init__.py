@@ -1,6 +1,7 @@
 """Load, decide, write, stage: one transaction for a batch of commands and charge bundles of the partitions owned."""
 
 from services.ledger.handlers.items import (
+    COMMAND_COST,
     BundleItem,
     CommandItem,
     Conflicting,
@@ -22,6 +23,7 @@ from services.ledger.handlers.needs import BATCH_SECONDS_MAX
 
 __all__ = [
     "BATCH_SECONDS_MAX",
+    "COMMAND_COST",
     "BundleItem",
     "CommandItem",
     "Conflicting",
