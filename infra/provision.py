@@ -103,7 +103,7 @@ async def operator(url: str, password: str, *, user: str = OPERATOR) -> AsyncIte
             error_cb=remember,
         )
     except (nats.errors.Error, OSError, TimeoutError) as error:
-        why = errors[-1] if errors else error
+        why = str(errors[-1] if errors else error) or "no answer"
         raise StackError(f"NATS at {url} does not let the operator in ({why}): is Scrip running?") from error
     try:
         yield client.jetstream(timeout=REQUEST_SECONDS_MAX)
